@@ -1,0 +1,96 @@
+"""Text of our own, a small prepared cache, and a clock that starts anew with each test."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import prepare
+
+ROOT = Path(prepare.__file__).parent
+# T = 64, 400 tokens, 4,096 evaluated: seconds instead of minutes
+SMALL = ["--scale=laptop", "--seq-len=64", "--vocab-size=400", "--eval-tokens=4096", "--time-budget=5"]
+
+NAMES = "Ada Emil Noor Tove the old miller a young pilot nobody her sister their captain the last of them".split()
+VERBS = "finds loses carries forgets repairs paints counts sells hides draws".split()
+THINGS = "a lamp, the letter, three stones, his map, an engine, the clock, seven pears, a violin, the bridge".split(
+    ", "
+)
+ENDS = (
+    "before dawn. in the harbour. and says so. — naïvely! while it rains. again? for 27 crowns. on 3 May 1911.".split(
+        ". "
+    )
+)
+
+
+def prose(seed, documents, longest=40):
+    """Documents of made-up sentences: 1 to `longest` of them, the same for the same seed."""
+    dice = random.Random(seed)
+    for _ in range(documents):
+        sentences = dice.randint(1, longest)
+        yield " ".join(
+            f"{dice.choice(NAMES)} {dice.choice(VERBS)} {dice.choice(THINGS)} {dice.choice(ENDS)}."
+            for _ in range(sentences)
+        )
+
+
+def write_corpus(folder):
+    """A folder of every kind of file; the last in name order, validation, is parquet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": list(prose(1, 600))}), folder / "a.parquet")
+    lines = [json.dumps({"text": text, "more": 1}) for text in prose(2, 300)]
+    (folder / "b.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    (folder / "c.txt").write_text("\n\n".join(prose(3, 100)), encoding="utf-8")
+    pq.write_table(pa.table({"text": list(prose(4, 150))}), folder / "d.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(folder))
+        assert prepare.main([f"--corpus={corpus}", *SMALL]) == 0
+    return folder
+
+
+@pytest.fixture
+def cache(session_cache, monkeypatch):
+    """The prepared cache, in force for this test, which must not change it."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(session_cache))
+    return session_cache
+
+
+@pytest.fixture(autouse=True)
+def fresh_harness(monkeypatch):
+    monkeypatch.setattr(prepare, "clock", prepare.Clock())
+    monkeypatch.delenv("SEED", raising=False)
+    forget()
+    yield
+    prepare.watchdog(None)
+
+
+def forget():
+    """What this process remembers of caches: a test that changes one on disk wants it read again."""
+    prepare.load_manifest.cache_clear()
+    prepare.open_cache.cache_clear()
+
+
+def run_python(*arguments, cache=None, cwd=ROOT, timeout=120, **environment):
+    """Run this Python with what stands in the arguments; returns the finished process, its output as text."""
+    env = {**os.environ, "PYTHONPATH": str(cwd), "CUDA_VISIBLE_DEVICES": "", **environment}
+    if cache is not None:
+        env["AUTORESEARCH_CACHE"] = str(cache)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)

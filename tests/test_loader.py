@@ -1,0 +1,160 @@
+"""The loader: packed as a slow and obvious packer packs, never stale, and gone when its process goes."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain, islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_python
+
+import prepare
+
+
+def slow_rows(documents, T, passes):
+    """Rows of T + 1 tokens: the words of `pack_rows`, one by one. documents: lists of int."""
+    unread = (document for _ in range(passes) for document in documents)
+    buffer = list(islice(unread, 1000))
+    while True:
+        row = []
+        while len(row) < T + 1:
+            if not buffer:
+                return
+            room = T + 1 - len(row)
+            whole = [document for document in buffer if len(document) <= room]
+            # max and min give the first of equals, and the buffer is in the order of reading
+            picked = max(whole, key=len) if whole else min(buffer, key=len)
+            at = next(i for i, document in enumerate(buffer) if document is picked)
+            del buffer[at]
+            buffer.extend(islice(unread, 1))
+            row += picked[:room]
+        yield row
+
+
+def make_documents(seed, count, longest):
+    """`count` documents of 2 to `longest` tokens, no two of them the same list."""
+    dice = random.Random(seed)
+    return [[0] + [dice.randrange(1, 500) for _ in range(dice.randint(1, longest - 1))] for _ in range(count)]
+
+
+def as_files(documents):
+    """(tokens, offsets) as `read_tokens` gives them."""
+    lengths = [len(document) for document in documents]
+    return np.array([*chain(*documents)], np.uint16), np.cumsum([0, *lengths], dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("count", "longest", "T"),
+    [(3000, 40, 64), (3000, 40, 16), (1500, 500, 64), (1200, 3, 10), (20, 30, 25), (1, 5, 7), (1, 50, 7), (5000, 9, 1)],
+)
+def test_rows_are_those_of_the_slow_packer(count, longest, T):
+    documents = make_documents(count, count, longest)
+    tokens, offsets = as_files(documents)
+    B, steps = 5, 30
+    loader = prepare.batches(tokens, offsets, B, T, torch.device("cpu"))
+    expected = slow_rows(documents, T, passes=10**9)
+    for x, y, _ in islice(loader, steps):
+        rows = torch.tensor(list(islice(expected, B)))
+        assert x.shape == y.shape == (B, T) and x.dtype == y.dtype == torch.int64
+        assert torch.equal(x, rows[:, :-1]) and torch.equal(y, rows[:, 1:])
+
+
+def test_a_worked_example():
+    # Rows of 6: the longest that fits 6 is 5 long; then 1 is left, which no document fits, so the shortest is cropped.
+    documents = [[0, 11, 12], [0, 21, 22, 23, 24, 25, 26, 27], [0, 31, 32, 33, 34], [0, 41]]
+    _, offsets = as_files(documents)
+    rows = [row for row, _ in prepare.pack_rows(offsets, 5, forever=False)]
+    assert rows == [[(11, 5), (16, 1)], [(0, 3), (3, 3)]]  # (start, length)
+
+
+def test_one_pass_scores_no_document_twice_and_drops_the_unfilled_row():
+    documents = make_documents(1, 2500, 30)
+    _, offsets = as_files(documents)
+    rows = [row for row, _ in prepare.pack_rows(offsets, 20, forever=False)]
+    assert all(sum(length for _, length in row) == 21 for row in rows)
+    used = [start for row in rows for start, _ in row]
+    assert len(set(used)) == len(used)
+    assert set(used) <= set(offsets[:-1].tolist()) and len(offsets) - 1 - len(used) < 21
+
+
+def test_epochs_count_passes():
+    tokens, offsets = as_files(make_documents(2, 3000, 20))
+    seen = [epoch for _, _, epoch in islice(prepare.batches(tokens, offsets, 4, 32, torch.device("cpu")), 600)]
+    per_epoch = offsets[-1] / (4 * 33)  # batches, cropped tokens aside
+    assert seen[0] == 1 and seen == sorted(seen)
+    assert seen[-1] == pytest.approx(600 / per_epoch, abs=1.2)
+
+
+def test_every_row_begins_with_bos(cache):
+    tokenizer = prepare.Tokenizer.from_directory()
+    for split in ("train", "val"):
+        for x, y, _ in islice(prepare.make_dataloader(tokenizer, 8, 48, split), 40):
+            assert (x[:, 0] == tokenizer.get_bos_token_id()).all()
+            assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+def test_a_batch_handed_out_never_changes(cache):
+    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 64, "train")
+    kept = []
+    for x, y, _ in islice(loader, 60):
+        kept.append((x, y, x.clone(), y.clone()))
+    time.sleep(0.2)  # the thread goes on filling
+    assert all(torch.equal(x, x_then) and torch.equal(y, y_then) for x, y, x_then, y_then in kept)
+
+
+def test_the_same_batches_every_time(cache):
+    tokenizer = prepare.Tokenizer.from_directory()
+    one, two = (prepare.make_dataloader(tokenizer, 4, 64, "train") for _ in range(2))
+    assert all(torch.equal(a, b) for (a, _, _), (b, _, _) in islice(zip(one, two), 50))
+    other = next(prepare.make_dataloader(tokenizer, 4, 64, "val"))
+    assert not torch.equal(next(one)[0], other[0])
+
+
+def test_impossible_shapes_are_refused(cache):
+    tokenizer = prepare.Tokenizer.from_directory()
+    for B, T, split in ((0, 8, "train"), (1, 0, "train"), (1, 8, "test")):
+        with pytest.raises(ValueError):
+            prepare.make_dataloader(tokenizer, B, T, split)
+    foreign = prepare.Tokenizer.train(iter(["other text"]), 260)
+    with pytest.raises(prepare.PrepareError, match="from_directory"):
+        prepare.make_dataloader(foreign, 1, 8, "train")
+
+
+LOAD = """
+import sys, time, prepare
+loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 64, 64, "train")
+next(loader)
+print("first", flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def test_the_process_ends_with_the_loader_still_at_work(cache):
+    done = run_python("-c", LOAD, 0, cache=cache, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_ctrl_c_ends_it(cache):
+    command = [sys.executable, "-c", LOAD, "60"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "first\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT and error.strip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_slow_copy_is_never_overtaken():
+    """With the GPU kept busy, batches are asked for far ahead of their copies: each must still arrive as it was."""
+    tokens, offsets = as_files(make_documents(3, 3000, 50))
+    expected = [x.clone() for x, _, _ in islice(prepare.batches(tokens, offsets, 32, 512, torch.device("cpu")), 40)]
+    loader = prepare.batches(tokens, offsets, 32, 512, torch.device("cuda"))
+    next(loader)
+    torch.cuda._sleep(2_000_000_000)  # about a second of clock ticks before any copy below
+    arrived = [next(loader)[0] for _ in range(39)]
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(arrived, expected[1:]))

@@ -1,0 +1,207 @@
+"""evaluate_bpb: exact on a model that can be worked out by hand, the same for every batch size, hard to cheat."""
+
+import math
+import re
+from itertools import islice, pairwise
+
+import pytest
+import torch
+from test_loader import slow_rows
+
+import prepare
+
+
+@pytest.fixture
+def tokenizer(cache):
+    return prepare.Tokenizer.from_directory()
+
+
+class Model(torch.nn.Module):
+    """Logits (B, T, V) from a function of x, recording the shapes it was asked for."""
+
+    def __init__(self, V, logits=None):
+        super().__init__()
+        self.V, self.logits, self.shapes = V, logits, []
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape))
+        return self.logits(x) if self.logits else torch.zeros(*x.shape, self.V)
+
+
+def embedding_model(V, seed=0):
+    """Logits that depend on the token stood at, different for each."""
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(seed))
+    return Model(V, lambda x: table[x])
+
+
+def validation_rows(tokenizer):
+    """The scored rows, packed by the slow packer: lists of T + 1 ids."""
+    tokens, offsets = prepare.read_tokens("val")
+    documents = [tokens[a:b].tolist() for a, b in pairwise(offsets)]
+    count = prepare.EVAL_TOKENS // prepare.MAX_SEQ_LEN
+    assert count == 64
+    return documents, list(islice(slow_rows(documents, prepare.MAX_SEQ_LEN, passes=1), count))
+
+
+def test_uniform_logits_score_log2_v_times_tokens_over_bytes(tokenizer):
+    documents, rows = validation_rows(tokenizer)
+    texts = [tokenizer.decode(document[1:]).encode() for document in documents]
+    tokens = n_bytes = 0
+    bos = tokenizer.get_bos_token_id()
+    for row in rows:
+        # A row is BOS, text, BOS, text, …: each piece of text is the beginning of a document
+        pieces = " ".join(map(str, row)).split(str(bos))[1:]
+        for ids in (list(map(int, piece.split())) for piece in pieces):
+            text = b"".join(tokenizer.encoding.decode_single_token_bytes(i) for i in ids)
+            assert any(document.startswith(text) for document in texts)
+            tokens, n_bytes = tokens + len(ids), n_bytes + len(text)
+    V = tokenizer.get_vocab_size()
+    expected = math.log2(V) * tokens / n_bytes
+    # float32 has 24 bits: the logarithm that each token costs is right to 2^-24 of itself
+    assert prepare.evaluate_bpb(Model(V), tokenizer, 8) == pytest.approx(expected, rel=2**-23)
+
+
+def test_the_number_is_the_cross_entropy_of_the_rows(tokenizer):
+    _, rows = validation_rows(tokenizer)
+    model = embedding_model(tokenizer.get_vocab_size())
+    lengths = tokenizer.token_bytes()
+    nats = n_bytes = 0.0
+    for row in rows:
+        logprob = model(torch.tensor(row[:-1])).double().log_softmax(-1)
+        for t, target in enumerate(row[1:]):
+            if lengths[target]:
+                nats -= logprob[t, target].item()
+                n_bytes += lengths[target]
+    assert prepare.evaluate_bpb(model, tokenizer, 8) == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_batch_size_changes_nothing(tokenizer):
+    V = tokenizer.get_vocab_size()
+    model = embedding_model(V)
+    scores = [prepare.evaluate_bpb(model, tokenizer, batch_size) for batch_size in (1, 3, 7, 64, 100)]
+    # the same rows added up in another order, in float64
+    assert scores == [pytest.approx(scores[0], rel=1e-12)] * 5
+    assert {shape[0] for shape in model.shapes} == {1, 3, 7, 64, 100}  # one shape a batch size: nothing recompiles
+
+
+def test_a_bfloat16_model_is_scored_in_float32(tokenizer):
+    V = tokenizer.get_vocab_size()
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0)).bfloat16()
+    half, single = Model(V, lambda x: table[x]), Model(V, lambda x: table.float()[x])
+    assert prepare.evaluate_bpb(half, tokenizer, 8) == prepare.evaluate_bpb(single, tokenizer, 8)
+
+
+# -----------------------------------------------------------------------------
+# Attacks
+
+
+def peek(x, logits, source):
+    """Add to the logits at each place a bonus for the token that stands at `source` of it."""
+    return logits + 5 * torch.nn.functional.one_hot(source, logits.size(-1))
+
+
+def cheats(V):
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+    ahead = lambda x: torch.cat([x[:, 1:], x[:, :1]], dim=1)  # noqa: E731
+    late = lambda x: (torch.arange(x.size(1)) % 3 == 0)[:, None]  # noqa: E731
+    return {
+        "one token ahead": (lambda x: peek(x, table[x], ahead(x)), "not causal"),
+        "a little of it": (lambda x: table[x] + 0.01 * torch.nn.functional.one_hot(ahead(x), V), "not causal"),
+        "ahead at every third place": (
+            lambda x: torch.where(late(x), peek(x, table[x], ahead(x)), table[x]),
+            "not causal",
+        ),
+        "the whole row's mean": (lambda x: table[x] + table[x].mean(dim=1, keepdim=True), "not causal"),
+        "the next row": (lambda x: peek(x, table[x], x.roll(-1, dims=0)), "mixes rows"),
+        "the batch's mean": (lambda x: table[x] + 0.1 * table[x[:, :1]].mean(dim=0), "mixes rows"),
+        "NaN": (lambda x: table[x] * math.nan, "not finite"),
+        "NaN now and then": (lambda x: table[x].masked_fill((x == x[0, 5])[..., None], math.nan), "not finite"),
+        "infinity for one token": (lambda x: table[x].index_fill(2, torch.tensor(3), -math.inf), "not finite"),
+        "too few logits": (lambda x: table[x][..., :-1], "shape (8, 64, 400), it returned torch.float32 (8, 64, 399)"),
+        "the last place only": (lambda x: table[x][:, -1:], "shape"),
+        "a loss": (lambda x: torch.tensor(0.1), "shape"),
+        "whole numbers": (lambda x: table[x].long(), "floating-point"),
+        "a tuple": (lambda x: (table[x], None), "returned tuple"),
+        "None": (lambda x: None, "returned NoneType"),
+    }
+
+
+@pytest.mark.parametrize("name", cheats(260))
+def test_a_model_that_cheats_gets_no_number(tokenizer, name):
+    logits, message = cheats(tokenizer.get_vocab_size())[name]
+    with pytest.raises(prepare.EvaluationError, match=re.escape(message)):
+        prepare.evaluate_bpb(Model(tokenizer.get_vocab_size(), logits), tokenizer, 8)
+
+
+def test_honest_context_is_no_cheat(tokenizer):
+    table = torch.randn(tokenizer.get_vocab_size(), 400, generator=torch.Generator().manual_seed(0))
+    model = Model(400, lambda x: table[x].cumsum(dim=1) / torch.arange(1, x.size(1) + 1)[:, None])  # all that came
+    for batch_size in (1, 2, 8):
+        assert prepare.evaluate_bpb(model, tokenizer, batch_size) > 0
+
+
+def test_the_model_cannot_reach_or_change_the_targets(tokenizer):
+    V = tokenizer.get_vocab_size()
+    reached = []
+
+    def scribble(x):
+        reached.append(x.untyped_storage().nbytes() > x.numel() * x.element_size())
+        logits = torch.zeros(*x.shape, V)
+        x.zero_()
+        return logits
+
+    expected = prepare.evaluate_bpb(Model(V), tokenizer, 8)
+    assert prepare.evaluate_bpb(Model(V, scribble), tokenizer, 8) == expected
+    assert reached and not any(reached)  # x's memory holds nothing but x
+
+
+def test_training_mode_is_left_and_given_back(tokenizer):
+    modes = []
+    model = Model(tokenizer.get_vocab_size())
+    model.logits = lambda x: modes.append((model.training, torch.is_grad_enabled())) or torch.zeros(*x.shape, 400)
+    assert model.training
+    prepare.evaluate_bpb(model, tokenizer, 8)
+    assert set(modes) == {(False, False)} and model.training
+
+
+def test_an_impossible_batch_size_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="batch_size"):
+        prepare.evaluate_bpb(Model(400), tokenizer, 0)
+
+
+# -----------------------------------------------------------------------------
+# The clock around it
+
+
+def test_the_clock_runs_from_the_first_batch_to_evaluation(tokenizer, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
+    loader = prepare.make_dataloader(tokenizer, 2, 64, "train")
+    now[0] += 50  # making the loader, compiling
+    assert prepare.clock.seconds() == 0 and prepare.clock.progress() == 0
+    next(loader)
+    now[0] += 2
+    assert prepare.clock.seconds() == 2 and prepare.clock.progress() == pytest.approx(2 / 5)
+    assert not prepare.clock.time_is_up()
+    now[0] += 3.5
+    assert prepare.clock.time_is_up() and prepare.clock.progress() == 1
+    prepare.evaluate_bpb(Model(400), tokenizer, 64)
+    now[0] += 10
+    assert prepare.clock.seconds() == 5.5
+    next(loader)  # learning after an evaluation is on the clock too, as if it had never stopped
+    assert prepare.clock.seconds() == 15.5
+
+
+def test_too_much_time_is_told(tokenizer, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
+    next(prepare.make_dataloader(tokenizer, 2, 64, "train"))
+    now[0] += 8
+    prepare.evaluate_bpb(Model(400), tokenizer, 64)
+    assert "training took 8.0 s of a budget of 5 s" in capsys.readouterr().err
+
+
+def test_islice_is_lazy_about_validation(tokenizer):
+    """No more rows are packed than are scored."""
+    _, offsets = prepare.read_tokens("val")
+    assert len(list(islice(prepare.pack_rows(offsets, 64, forever=False), 64))) == 64
