@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import SMALL, run_python
 from hub import Fault, Hub
 
 import prepare
@@ -831,3 +832,28 @@ def test_the_bar_counts_every_byte_once(hub, cache, shards, monkeypatch):
     hub.fail(B, Fault(body=flipped))
     download(cache)
     assert bars[0].n == bars[0].total == sum(shards[name].stat().st_size for name in NAMES)
+
+
+# -----------------------------------------------------------------------------
+# From the hub to a number
+
+
+def test_prepare_then_train(hub, tmp_path):
+    """The two commands of the README's real thing, small: what they print, and that the second needs no hub."""
+    options = ["--num-shards=3", *SMALL, "--time-budget=2"]
+    done = run_python("prepare.py", *options, cache=tmp_path / "home", HF_ENDPOINT=hub.endpoint)
+    assert done.returncode == 0, done.stderr
+    assert "climbmix: 3 training shard(s), validation shard_06542.parquet" in done.stdout
+    run = run_python("train.py", cache=tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^---\nval_bpb: +\d\.\d{6}$", run.stdout, re.MULTILINE)
+    again = run_python("prepare.py", *options, cache=tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+
+
+def test_fewer_shards_go_on_from_what_is_there(hub, tmp_path):
+    hub.fail(C, Fault(status=404), at="endpoint", always=True)
+    failed = run_python("prepare.py", "--num-shards=3", *SMALL, cache=tmp_path / "home", HF_ENDPOINT=hub.endpoint)
+    assert failed.returncode == 1 and failed.stderr.splitlines()[-1].endswith("uv run prepare.py --num-shards 2")
+    done = run_python("prepare.py", "--num-shards=2", *SMALL, cache=tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
