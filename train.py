@@ -13,8 +13,10 @@ import fnmatch
 import gc
 import math
 import os
+import re
 import sys
 import time
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -130,16 +132,19 @@ def flash3_attention():
     return attention
 
 
-def pick_attention(T, windows, device):
+def pick_attention(T, windows, head_dim, device):
     """(name, attention, reason): the fastest kernel that works here, found out once."""
     if device.type != "cuda":
         return "sdpa", sdpa_attention, "exact mask: there is no CUDA GPU"
     major, minor = torch.cuda.get_device_capability()
     if major in (8, 9):
         try:
-            return "fa3", flash3_attention(), "FlashAttention-3"
+            attention = flash3_attention()
+            q = torch.randn(1, 128, 1, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+            attention(q, q, q, 64).sum().backward()  # some builds load and then fail
+            return "fa3", attention, "FlashAttention-3 from the kernel hub"
         except Exception as error:  # the hub away, no build for this PyTorch, a broken import: all leave the next one
-            reason = f"no FlashAttention-3 ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]})"
+            reason = f"no FlashAttention-3 ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
     else:
         reason = f"no FlashAttention-3 for compute capability {major}.{minor}"
     return "flex", flex_attention_for(T, windows, device), reason
@@ -164,10 +169,20 @@ def model_width(k):
     return math.ceil(k.DEPTH * k.ASPECT_RATIO / k.HEAD_DIM) * k.HEAD_DIM
 
 
+def kv_heads(k):
+    """Heads of keys and values: N_KV_HEAD, 0 for as many as query heads. Raises ValueError if those don't divide."""
+    heads = model_width(k) // k.HEAD_DIM
+    if heads % (k.N_KV_HEAD or heads):
+        raise ValueError(f"N_KV_HEAD = {k.N_KV_HEAD} does not divide the {heads} query heads")
+    return k.N_KV_HEAD or heads
+
+
 def layer_windows(k, T):
     """Per layer, how many keys to the left of its own a query sees."""
+    if not k.WINDOW_PATTERN or set(k.WINDOW_PATTERN) - {"S", "L"}:
+        raise ValueError(f"WINDOW_PATTERN is {k.WINDOW_PATTERN!r}: it takes the letters S and L, at least one")
     kinds = [k.WINDOW_PATTERN[i % len(k.WINDOW_PATTERN)] for i in range(k.DEPTH - 1)] + ["L"]
-    return [{"S": int(k.SHORT_WINDOW * T), "L": T}[kind] for kind in kinds]
+    return [int(k.SHORT_WINDOW * T) if kind == "S" else T for kind in kinds]
 
 
 class Attention(nn.Module):
@@ -175,9 +190,7 @@ class Attention(nn.Module):
         super().__init__()
         width = model_width(k)
         self.n_head, self.head_dim = width // k.HEAD_DIM, k.HEAD_DIM
-        self.n_kv_head = k.N_KV_HEAD or self.n_head
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"N_KV_HEAD = {self.n_kv_head} does not divide the {self.n_head} query heads")
+        self.n_kv_head = kv_heads(k)
         kv_width = self.n_kv_head * self.head_dim
         self.c_q = nn.Linear(width, width, bias=False)
         self.c_k = nn.Linear(width, kv_width, bias=False)
@@ -195,8 +208,10 @@ class Attention(nn.Module):
         if ve is not None:  # value residual, from a table of its own (ResFormer, arXiv 2410.17897)
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, H_kv), 1 at the start
             v = v + gate.unsqueeze(-1) * ve.view(v.shape)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK-norm (arXiv 2302.05442)
-        y = self.attention(q, k, v.to(q.dtype), window)  # (B, T, H, D)
+        # QK-norm (arXiv 2302.05442). Back to the type of the projections: the kernels want 16 bits, and cos is float32
+        kernel_type = q.dtype
+        q, k, v = (t.to(kernel_type) for t in (norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin)), v))
+        y = self.attention(q, k, v, window)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))
 
 
@@ -228,7 +243,7 @@ class GPT(nn.Module):
     def __init__(self, k, vocab_size, T, attention):
         super().__init__()
         width = model_width(k)
-        kv_width = (k.N_KV_HEAD or width // k.HEAD_DIM) * k.HEAD_DIM
+        kv_width = kv_heads(k) * k.HEAD_DIM
         with_ve = [i for i in range(k.DEPTH) if i % 2 == (k.DEPTH - 1) % 2]  # every other layer, the last included
         self.softcap = k.SOFTCAP
         self.windows = layer_windows(k, T)
@@ -262,13 +277,13 @@ class GPT(nn.Module):
 #   pattern              start                     group
 PARAMETERS = (
     ("wte.weight", ("normal", 1.0), "embedding"),
-    ("value_embeds.*", ("uniform",), "embedding"),
+    ("value_embeds.*", ("uniform", 1.0), "embedding"),  # in units of width^-1/2
     ("lm_head.weight", ("normal", 0.001), "head"),
     ("resid_lambdas", ("constant", "RESID_LAMBDA"), "resid"),
     ("x0_lambdas", ("constant", "X0_LAMBDA"), "x0"),
     ("blocks.*.c_proj.weight", ("constant", 0.0), "matrix"),  # so that every block starts as the identity
     ("blocks.*.ve_gate.weight", ("constant", 0.0), "matrix"),
-    ("blocks.*.weight", ("uniform",), "matrix"),
+    ("blocks.*.weight", ("uniform", 1.0), "matrix"),
 )
 
 
@@ -282,17 +297,20 @@ def rule(name):
 
 @torch.no_grad()
 def initialise(model, k):
-    """Give every parameter its start. Raises ValueError, with its name, for one left out."""
-    bound = math.sqrt(3 / model_width(k))  # uniform ±√3·s has standard deviation s = width^-1/2
+    """Give every parameter its start. Raises ValueError, with its name, for one left out or that Muon can't move."""
     for name, p in model.named_parameters():
         p.fill_(math.nan)
-        (kind, *value), _ = rule(name)
+        (kind, value), group = rule(name)
+        value = getattr(k, value) if isinstance(value, str) else value  # a string names a knob
+        if group == "matrix" and p.ndim != 2:
+            raise ValueError(f"parameter {name} has shape {tuple(p.shape)}, and Muon moves matrices: give it a line")
         if kind == "normal":
-            p.normal_(0.0, *value)
+            p.normal_(0.0, value)
         elif kind == "uniform":
+            bound = value * math.sqrt(3 / model_width(k))  # of uniform ±√3·s the standard deviation is s
             p.uniform_(-bound, bound)
         elif kind == "constant":
-            p.fill_(getattr(k, value[0]) if isinstance(value[0], str) else value[0])
+            p.fill_(value)
         if not p.isfinite().all():
             raise ValueError(f"parameter {name} was left without a start by {kind!r}")
 
@@ -325,12 +343,17 @@ def polar_express(G):
     return X.mT if tall else X
 
 
+def averaged_dim(G):
+    """The dimension over which NorMuon averages G (..., m, n): along the rows, of a wide matrix along the columns."""
+    return -1 if G.size(-2) >= G.size(-1) else -2
+
+
 def equalise(G, second, beta2):
     """NorMuon (arXiv 2510.05491): rows (columns, where G is wide) scaled to the same size over time, the norm kept.
 
     G (N, m, n), `second` the running mean square of each row or column, updated in place.
     """
-    dim = -1 if G.size(-2) >= G.size(-1) else -2
+    dim = averaged_dim(G)
     square = G.float().square().mean(dim=dim, keepdim=True)  # (N, m, 1) or (N, 1, n)
     second.mul_(beta2).add_(square * (1 - beta2))
     scale = second.clamp_min(1e-10).rsqrt()
@@ -361,18 +384,23 @@ def adamw_step(p, grad, mean, square, step, lr, beta1, beta2, eps, weight_decay)
     p.sub_(lr / (1 - beta1**step) * mean / root)
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW:
     """Groups of `kind` "muon" (matrices of one shape, stepped as one stack) and "adamw".
 
     `compiled` wraps the two step functions: torch.compile on CUDA. Numbers that change from step to step reach them as
-    tensors, since a compiled function is compiled again for each new Python number.
+    tensors, since a compiled function is compiled again for each new Python number. It has the fields of a
+    torch.optim.Optimizer and is none: to make one imports the compiler, two seconds that a CPU would wait for nothing.
     """
 
     def __init__(self, groups, compiled=lambda function: function):
-        super().__init__(groups, defaults={})
+        self.param_groups = [dict(group, initial_lr=group["lr"]) for group in groups]
+        self.state = defaultdict(dict)
         self.muon_step, self.adamw_step = compiled(muon_step), compiled(adamw_step)
+
+    def zero_grad(self):
         for group in self.param_groups:
-            group["initial_lr"] = group["lr"]
+            for p in group["params"]:
+                p.grad = None
 
     @torch.no_grad()
     def step(self):
@@ -391,19 +419,20 @@ class MuonAdamW(torch.optim.Optimizer):
             self.adamw_step(p, p.grad, state["mean"], state["square"], *numbers)
 
     def step_muon(self, group):
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
+        params = group["params"]
+        if all(p.grad is None for p in params):
             return
         state = self.state[params[0]]
         stack = torch.stack(params)  # (N, m, n)
         if not state:
-            dim = -1 if stack.size(-2) >= stack.size(-1) else -2
+            dim = averaged_dim(stack)
             state["buffer"] = torch.zeros_like(stack)
             state["second"] = torch.zeros_like(stack.select(dim, 0).unsqueeze(dim))
-        grads = torch.stack([p.grad for p in params])
+        grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         numbers = as_tensors(group["lr"], group["momentum"], group["beta2"], group["weight_decay"])
         self.muon_step(stack, grads, state["buffer"], state["second"], *numbers)
-        torch._foreach_copy_(params, list(stack.unbind()))
+        moved = [(p, new) for p, new in zip(params, stack) if p.grad is not None]
+        torch._foreach_copy_(*map(list, zip(*moved)))
 
 
 def as_tensors(*numbers):
@@ -452,7 +481,7 @@ def set_schedules(optimizer, k, progress, step):
 # -----------------------------------------------------------------------------
 # Accounting
 
-# Dense bfloat16 peaks in FLOP/s with float32 accumulation, from NVIDIA's data sheets. The first name that is part of
+# Dense bfloat16 peaks in FLOP/s with float32 accumulation, from NVIDIA's data sheets. The first whose words stand in
 # the device's name counts.
 PEAK_FLOPS = (
     ("B200", 2250e12),
@@ -473,7 +502,7 @@ PEAK_FLOPS = (
 def peak_flops(device):
     """FLOP/s at the most of the GPU at hand; nan for a CPU and for a GPU that is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS if part in name), math.nan)
+    return next((flops for part, flops in PEAK_FLOPS if re.search(rf"\b{part}\b", name)), math.nan)
 
 
 def flops_per_token(model, k, T):
@@ -516,7 +545,10 @@ class TrainingError(Exception):
 
 @contextmanager
 def put_back(model, optimizer):
-    """Whatever is done inside, weights, optimizer state, gradients and random state are afterwards what they were."""
+    """Whatever is done inside, weights, schedules and random state are afterwards what they were, bit for bit.
+
+    Gradients and the optimizer's state are gone: this is for before the first step, when there are none.
+    """
     weights = [p.detach().clone() for p in model.parameters()]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -527,7 +559,7 @@ def put_back(model, optimizer):
             for p, weight in zip(model.parameters(), weights):
                 p.copy_(weight)
                 p.grad = None
-        optimizer.state.clear()  # it was empty: warm-up comes first
+        optimizer.state.clear()
         for group, before in zip(optimizer.param_groups, groups):
             group.update(before)
         torch.set_rng_state(cpu)
@@ -543,7 +575,7 @@ def train_step(forward, optimizer, batch, micro_steps):
         loss.backward()
         total = total + loss.detach()
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return total
 
 
@@ -555,9 +587,9 @@ def warm_up(model, forward, optimizer, k, vocab_size, T, device):
     rows = k.TOTAL_BATCH // T
     if rows * T != k.TOTAL_BATCH:
         raise TrainingError(f"TOTAL_BATCH {k.TOTAL_BATCH:,} is not a multiple of {T} tokens: {max(rows, 1) * T:,} is")
-    micro = math.gcd(rows, k.MAX_MICRO_BATCH)
+    sizes = [n for n in range(min(rows, k.MAX_MICRO_BATCH), 0, -1) if rows % n == 0]  # that share the step out evenly
     dice = torch.Generator().manual_seed(0)  # of its own: the run's random state is not touched
-    while True:
+    for micro, smaller in zip(sizes, [*sizes[1:], None]):
         tokens = torch.randint(vocab_size, (2, micro, T), generator=dice).to(device)
         batch = partial(tuple, tokens)
         try:
@@ -571,12 +603,10 @@ def warm_up(model, forward, optimizer, k, vocab_size, T, device):
                 model.train()
             return micro
         except torch.cuda.OutOfMemoryError:
-            if micro == 1:
-                raise TrainingError("out of GPU memory with one row at a time: make the model smaller") from None
-            print(f"{micro} rows at once are out of memory, trying {micro // 2}", flush=True)
-            micro //= 2
-        optimizer.zero_grad(set_to_none=True)
+            if smaller:
+                print(f"{micro} rows at once are out of memory, trying {smaller}", flush=True)
         torch.cuda.empty_cache()
+    raise TrainingError("out of GPU memory with one row at a time: make the model smaller")
 
 
 def train(forward, optimizer, loader, k, micro_steps, vocab_size, flops, peak):
@@ -624,7 +654,7 @@ def main():
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
     compiled = (lambda f: torch.compile(f, dynamic=False)) if cuda else (lambda f: f)
 
-    name, attention, reason = pick_attention(T, layer_windows(k, T), device)
+    name, attention, reason = pick_attention(T, layer_windows(k, T), k.HEAD_DIM, device)
     print(f"attention: {name} ({reason})")
     with device:
         model = GPT(k, V, T, attention)

@@ -1,0 +1,108 @@
+"""How fast data is made ready and read, stage by stage. Run by hand:
+
+    uv run tests/bench_prepare.py [FOLDER]      a folder of climbmix-like shards (*.parquet, column text)
+
+Without a folder it makes shards from the Python source on this machine. Stages: download from a hub on loopback,
+tokenizer, tokenizing (all cores, and one), opening the cache as every run does, packed batches against the plain
+packer of the tests.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hub import Hub
+from test_loader import slow_rows
+
+import prepare
+
+
+def timed(what, work, amounts):
+    """Run work() and print its time, and amounts(result) -> {unit: number} per second. Returns the result."""
+    started = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - started
+    rates = ", ".join(f"{number / seconds:,.1f} {unit}/s" for unit, number in amounts(result).items())
+    print(f"{what:<34}{seconds:8.2f} s   {rates}", flush=True)
+    return result
+
+
+def source_shards(folder):
+    """Four shards of Python source, 20 MB of text each, as climbmix lays them out."""
+    corpus = prepare.source_corpus()
+    texts = corpus.documents(corpus.train)
+    for i in range(4):
+        shard, size = [], 0
+        while size < 20e6:
+            shard.append(next(texts))
+            size += len(shard[-1])
+        pq.write_table(pa.table({"text": shard}), folder / f"{i}.parquet", compression="zstd", row_group_size=512)
+    return sorted(folder.glob("*.parquet"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="shards; the last in name order is validation")
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=16, help="rows a batch of the loader")
+    args = parser.parse_args()
+    cores = os.cpu_count()
+    print(f"{cores} cores, vocabulary {args.vocab_size:,}, rows of 2,048 tokens, {args.rows} a batch")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        found = sorted(args.folder.glob("*.parquet")) if args.folder else source_shards(folder)
+        names = [f"shard_{i:05d}.parquet" for i in range(len(found) - 1)] + [prepare.VAL_SHARD]
+        megabytes = sum(path.stat().st_size for path in found) / 1e6
+        with Hub(dict(zip(names, found))) as hub:
+            os.environ["HF_ENDPOINT"] = hub.endpoint
+            data = folder / "data"
+            timed(
+                "download and verify, loopback",
+                lambda: prepare.download_shards(names, data, 8),
+                lambda _: {"MB": megabytes},
+            )
+        timed("again, nothing to do", lambda: prepare.download_shards(names, data, 8), lambda _: {"MB": megabytes})
+        paths = [data / name for name in names]
+        corpus = prepare.Corpus(paths[:-1], paths[-1:], "")
+        texts = list(prepare.sample_texts(corpus.documents(prepare.tokenizer_files(corpus.train))))
+        characters = sum(map(len, texts)) / 1e6
+        print(f"{'':<34}{characters:8.1f} M characters for the tokenizer")
+        tokenizer = timed(
+            "tokenizer",
+            lambda: prepare.Tokenizer.train(iter(texts), args.vocab_size),
+            lambda _: {"M characters": characters},
+        )
+
+        def tokenize(cpus):
+            prepare.os.cpu_count = lambda: cpus
+            prepare.write_tokens(tokenizer, corpus, "train", folder / f"train-{cpus}.bin")
+            prepare.os.cpu_count = lambda: cores
+            return (folder / f"train-{cpus}.bin").stat().st_size / 2e6
+
+        for cpus in sorted({1, cores}):
+            timed(f"tokenizing on {cpus} core(s)", lambda: tokenize(cpus), lambda tokens: {"M tokens": tokens})  # noqa: B023
+        path = folder / f"train-{cores}.bin"
+        timed("checking the token file", lambda: prepare.digest(path), lambda _: {"MB": path.stat().st_size / 1e6})
+
+        tokens = prepare.np.fromfile(path, prepare.np.uint16)
+        offsets = prepare.np.fromfile(path.with_suffix(".idx"), prepare.np.int64)
+        batch = args.rows * 2048 / 1e6
+        documents = [tokens[a:b].tolist() for a, b in prepare.pairwise(offsets[:4001])]
+        rows = slow_rows(documents, 2048, passes=10**9)
+        timed("the plain packer, 400 rows", lambda: list(islice(rows, 400)), lambda _: {"M tokens": 400 * 2048 / 1e6})
+        loader = prepare.batches(tokens, offsets, args.rows, 2048, torch.device("cpu"))
+        timed("loader, 2,000 batches", lambda: sum(1 for _ in islice(loader, 2000)), lambda n: {"M tokens": n * batch})
+
+
+if __name__ == "__main__":
+    main()
