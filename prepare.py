@@ -14,7 +14,6 @@ import base64
 import contextlib
 import faulthandler
 import hashlib
-import importlib
 import json
 import math
 import multiprocessing
@@ -50,6 +49,12 @@ import torch.nn.functional as F
 import urllib3
 from tqdm import tqdm
 from urllib3.util import Retry
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither: there, don't start two prepare.py at once
+    fcntl = resource = None
 
 IMPORTED_AT = time.monotonic()
 
@@ -139,17 +144,15 @@ def written(path):
 @contextlib.contextmanager
 def cache_lock(cache):
     """One prepare.py at a time in one cache; a second waits. The lock goes with its process, kill -9 included."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has none: there, don't start two at once
-        yield
-        return
     with open(cache / ".lock", "w") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print("another prepare.py is at work in this cache: waiting for it to end", flush=True)
             fcntl.flock(f, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
         yield
 
 
@@ -242,7 +245,7 @@ def progress(total: int, desc: str, unit: str, initial: int = 0) -> tqdm:
         return tqdm(total=total, desc=desc, unit=unit, initial=initial, unit_scale=True, dynamic_ncols=True)
     line = "{desc}: {percentage:.0f}%, {n_fmt}{unit} of {total_fmt}{unit}, {rate_fmt}, {remaining} left"
     return tqdm(total=total, desc=desc, unit=unit, initial=initial, unit_scale=True, bar_format=line,
-                file=_Lines(sys.stderr), mininterval=PROGRESS_SECONDS, miniters=1)  # fmt: skip
+                file=_Lines(sys.stderr), mininterval=PROGRESS_SECONDS, delay=PROGRESS_SECONDS, miniters=1)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -1237,9 +1240,7 @@ def peak_memory_mb():
     """MiB at the most: allocated on the GPU, or on a CPU resident in the process. nan where it can't be told."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        resource = importlib.import_module("resource")  # not on Windows
-    except ImportError:
+    if resource is None:
         return math.nan
     unit = 1 if platform.system() == "Darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
@@ -1400,7 +1401,7 @@ def prepare(args):
         except PrepareError:
             before = {"files": {}}
         known = {entry["name"]: entry["digest"] for entry in before["files"].values()}
-        begun, made = time.monotonic(), []
+        begun = time.monotonic()
 
         def need(path, parts, make):
             """Make `path` unless all its parts are there and, where a manifest has their digests, undamaged."""
@@ -1410,7 +1411,6 @@ def prepare(args):
             started = time.monotonic()
             corpus.check()
             make()
-            made.append(path)
             return f"made in {time.monotonic() - started:.1f} s"
 
         corpus = find_corpus(args, cache)
@@ -1445,27 +1445,7 @@ def prepare(args):
         if rows < wanted:
             say("", f"note: validation has {rows * args.seq_len:,} tokens in whole rows; --eval-tokens asks for more")
 
-        constants = {
-            "SCALE": args.scale,
-            "MAX_SEQ_LEN": args.seq_len,
-            "TIME_BUDGET": args.time_budget,
-            "VOCAB_SIZE": vocab_size,
-            "EVAL_TOKENS": args.eval_tokens,
-        }
-        manifest = {
-            "layout": LAYOUT,
-            "command": args.command,
-            "constants": constants,
-            "files": {kind: {"name": path.name, "digest": digest(path)} for kind, path in files.items()},
-        }
-        manifest["digest"] = _self_digest(manifest)
-        if manifest != before:
-            with written(cache / "manifest.json") as f:
-                f.write(json.dumps(manifest, indent=1).encode())
-            load_manifest.cache_clear()
-            open_cache.cache_clear()
-            remove_stale(cache, manifest)
-        else:
+        if put_in_force(cache, args, vocab_size, files) == before:
             say("", "everything was there already: nothing to do")
         say(
             "ready",
@@ -1476,6 +1456,37 @@ def prepare(args):
         if args.scale == "full" and not torch.cuda.is_available():
             say("", "note: there is no CUDA GPU here, and without one a run of this scale does not end in time")
         say("next", "uv run train.py")
+
+
+def put_in_force(cache, args, vocab_size, files):
+    """Write the manifest over these files, {kind: path}, and remove what an earlier one named. Returns it."""
+    manifest = {
+        "layout": LAYOUT,
+        "command": args.command,
+        "constants": {
+            "SCALE": args.scale,
+            "MAX_SEQ_LEN": args.seq_len,
+            "TIME_BUDGET": args.time_budget,
+            "VOCAB_SIZE": vocab_size,
+            "EVAL_TOKENS": args.eval_tokens,
+        },
+        "files": {kind: {"name": path.name, "digest": digest(path)} for kind, path in files.items()},
+    }
+    manifest["digest"] = _self_digest(manifest)
+    text = json.dumps(manifest, indent=1).encode()
+    path = cache / "manifest.json"
+    if not path.exists() or path.read_bytes() != text:
+        with written(path) as f:
+            f.write(text)
+    load_manifest.cache_clear()
+    open_cache.cache_clear()
+    # downloads stay
+    keep = {path.name, *(path.name for path in files.values())}
+    for pattern in ("tokenizer-*", "train-*", "val-*", "manifest.json*"):
+        for path in cache.glob(pattern):
+            if path.name not in keep:
+                path.unlink()
+    return manifest
 
 
 def say(what, text):
@@ -1511,15 +1522,6 @@ def sample_texts(documents):
         total += len(text)
         if total >= TOKENIZER_CHARS:
             return
-
-
-def remove_stale(cache, manifest):
-    """Remove what an earlier manifest named and what a killed prepare.py left; downloads stay."""
-    keep = {entry["name"] for entry in manifest["files"].values()}
-    for pattern in ("tokenizer-*", "train-*", "val-*", "manifest.json.tmp-*"):
-        for path in cache.glob(pattern):
-            if path.name not in keep:
-                path.unlink()
 
 
 class Parser(argparse.ArgumentParser):

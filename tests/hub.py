@@ -102,14 +102,20 @@ class Hub:
             hub = self
 
         Handler.place = place
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads, server.block_on_close = True, False
-        return server
+        return _Server(("127.0.0.1", 0), Handler)
 
     def _fault(self, place: str, name: str) -> Fault:
         with self.lock:
             queued = self.faults.get((place, name))
             return queued.pop(0) if queued else self.always.get((place, name), Fault())
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads, block_on_close = True, False
+
+    def handle_error(self, *args) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed is no news
+            super().handle_error(*args)
 
 
 class _Handler(BaseHTTPRequestHandler):

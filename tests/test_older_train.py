@@ -1,0 +1,72 @@
+"""A train.py written before this harness: own clock, a batch fetched before the loop, a compiled model that also
+answers without targets. It works unchanged; that its time ran over is said, not punished."""
+
+import re
+import shutil
+
+from conftest import ROOT, run_python
+
+OLDER = """
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, make_dataloader, evaluate_bpb, get_token_bytes
+
+
+class Bigram(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, idx, targets=None, reduction="mean"):
+        logits = self.table(idx).float()
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), reduction=reduction)
+
+
+torch.manual_seed(42)
+tokenizer = Tokenizer.from_directory()
+assert get_token_bytes().shape == (tokenizer.get_vocab_size(),)
+model = torch.compile(Bigram(tokenizer.get_vocab_size()), dynamic=False, backend="eager")
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+train_loader = make_dataloader(tokenizer, 16, MAX_SEQ_LEN, "train")
+x, y, epoch = next(train_loader)  # and only then everything is compiled
+time.sleep(1.5)
+total, step = 0, 0
+while total < TIME_BUDGET:
+    t0 = time.time()
+    loss = model(x, y, reduction="none").mean()
+    x, y, epoch = next(train_loader)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    step += 1
+    if step > 10:
+        total += time.time() - t0
+model.eval()
+with torch.autocast("cpu", torch.bfloat16):
+    val_bpb = evaluate_bpb(model, tokenizer, 16)
+print("---")
+print(f"val_bpb:          {val_bpb:.6f}")
+"""
+
+
+def test_an_older_train_py_works_unchanged(tmp_path, session_cache):
+    shutil.copy(ROOT / "prepare.py", tmp_path)
+    (tmp_path / "train.py").write_text(OLDER)
+    done = run_python("train.py", cwd=tmp_path, cache=session_cache)
+    assert done.returncode == 0, done.stderr
+    assert 0.1 < float(re.search(r"^val_bpb: +(\d+\.\d{6})$", done.stdout, re.MULTILINE)[1]) < 4
+    assert re.search(r"warning: training took \d+\.\d s of a budget of 5 s", done.stderr)
+
+
+def test_without_a_cache_its_last_line_says_what_to_run(tmp_path):
+    shutil.copy(ROOT / "prepare.py", tmp_path)
+    (tmp_path / "train.py").write_text(OLDER)
+    done = run_python("train.py", cwd=tmp_path, cache=tmp_path / "none")
+    assert done.returncode == 1
+    assert "nothing is prepared" in done.stderr.splitlines()[-1] and "uv run prepare.py" in done.stderr

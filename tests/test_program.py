@@ -1,0 +1,234 @@
+"""program.md's commands, run as they stand, through a night in small: every kind of experiment once.
+
+The one thing not real is uv: a stand-in on PATH runs this Python, since a scratch clone would install everything anew.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, SMALL, run_python
+
+import prepare
+
+BLOCKS = re.findall(r"^( *)```bash\n(.*?)^ *```", (ROOT / "program.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+def command(*words):
+    """The one command of program.md that has all these words, without the indentation of its list."""
+    found = [text for _, text in BLOCKS if all(word in text for word in words)]
+    assert len(found) == 1, (words, found)
+    return found[0]
+
+
+class Clone:
+    """A scratch repository in which an agent with no memory types commands."""
+
+    def __init__(self, folder, cache):
+        self.folder = folder
+        folder.mkdir()
+        for name in ("prepare.py", "train.py", "program.md", "README.md", ".gitignore"):
+            shutil.copy(ROOT / name, folder)
+        tools = folder.parent / "bin"
+        tools.mkdir()
+        uv = tools / "uv"
+        # like uv: one process more, which passes SIGTERM on
+        uv.write_text(
+            '#!/bin/bash\nshift; [ "$1" = python ] && shift\n'
+            f'"{sys.executable}" "$@" & trap "kill $!" TERM; wait $!; status=$?; wait $! 2>/dev/null; exit $status\n'
+        )
+        uv.chmod(0o755)
+        person = {f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        self.env = {**os.environ, **person, "PATH": f"{tools}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+        self.env |= {"AUTORESEARCH_CACHE": str(cache), "GIT_CONFIG_GLOBAL": os.devnull}
+        self.sh("git init -q -b main && git add -A && git commit -qm start")
+
+    def sh(self, text, ok=True):
+        done = subprocess.run(
+            ["bash", "-c", text], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=120
+        )
+        assert not ok or done.returncode == 0, (text, done.stdout, done.stderr)
+        return done.stdout
+
+    def edit(self, old, new):
+        path = self.folder / "train.py"
+        text = path.read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+    def run(self, seed=0, until="exit: "):
+        self.sh(command("nohup").replace("SEED=0", f"SEED={seed}"))
+        deadline = time.monotonic() + 90
+        look = command("sleep 45").replace("sleep 45", "sleep 0.3")
+        while until not in self.sh(look, ok=False):
+            assert time.monotonic() < deadline, self.sh("cat run.log")
+        return self.sh(command("/^---$/"))
+
+    def record(self, status, description):
+        done = command("/^row: */p").replace("keep", status).replace("width 576 instead of 512", description)
+        self.sh(done)
+
+    def record_crash(self, description):
+        self.sh(command("0.000000").replace("width 4096: out of memory", description))
+
+    def take_back(self):
+        self.sh(command("tried/"))
+
+    def rows(self):
+        return [line.split("\t") for line in (self.folder / "results.tsv").read_text().splitlines()]
+
+    def bar(self):
+        """(best, M, n, keep below, simpler below)"""
+        return tuple(map(float, re.findall(r"\d+\.\d+|(?<= )\d+(?= d)", self.sh(command("awk")))))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("night")
+    made = run_python(
+        "prepare.py", f"--corpus={corpus}", *SMALL, "--time-budget=1", "--eval-tokens=1024", cache=folder / "cache"
+    )
+    assert made.returncode == 0, made.stderr
+    return Clone(folder / "clone", folder / "cache")
+
+
+def test_a_night_in_small(clone):
+    # Set-up
+    assert clone.sh("git status --porcelain") == ""
+    (clone.folder / "results.tsv").write_text("an earlier night")
+    clone.sh(command("git switch -c"))
+    assert re.search(r"harness [0-9a-f]{12}$", clone.sh(command("open_cache")))
+    clone.sh(command("commit\\tval_bpb"))
+    assert [p.read_text() for p in clone.folder.glob("results-until-*.tsv")] == ["an earlier night"]
+    # set-up again refuses the branch that is taken
+    assert "already exists" in clone.sh(command("git switch -c").strip() + " 2>&1", ok=False)
+
+    # The noise
+    for seed in range(3):
+        block = clone.run(seed)
+        assert f"\nseed:             {seed}\n" in block
+        clone.record("keep", f"baseline, seed {seed}")
+    baseline = clone.sh("git rev-parse HEAD")[:7]
+    scores = [float(row[1]) for row in clone.rows()[1:]]
+    assert [row[0] for row in clone.rows()[1:]] == [baseline] * 3 and len(set(scores)) == 3
+    M = 2 / 3 * (max(scores) - min(scores))
+    assert clone.bar() == pytest.approx((min(scores), M, 0, min(scores) - M, min(scores) + M), abs=2e-6)
+
+    # One that is kept
+    clone.edit("MATRIX_LR: float = 0.04", "MATRIX_LR: float = 0.03")
+    clone.sh("git commit -qam 'matrix lr 0.03'")
+    assert "val_bpb" in clone.run()
+    clone.record("keep", "matrix lr 0.03")
+    kept = clone.sh("git rev-parse HEAD")[:7]
+
+    # One that is discarded: row, tag, reset
+    clone.edit("SOFTCAP: float = 15.0", "SOFTCAP: float = 3.0")
+    clone.sh("git commit -qam 'softcap 3'")
+    assert "val_bpb" in clone.run()
+    clone.record("discard", "softcap 3")
+    (clone.folder / "README.md").write_text("the human's own, not committed")
+    discarded = clone.sh("git rev-parse HEAD")[:7]
+    clone.take_back()
+    assert clone.sh("git rev-parse HEAD")[:7] == kept
+    assert (clone.folder / "README.md").read_text() == "the human's own, not committed"
+    clone.sh("git checkout -q README.md")
+    assert clone.bar()[2] == 1
+
+    # One that crashes
+    clone.edit("HEAD_DIM=32", "HEAD_DIM=31")
+    clone.sh("git commit -qam 'odd heads'")
+    assert clone.run() == "" and "exit: 1" in clone.sh("tail -n 30 run.log")
+    clone.record_crash("heads of 31: rotation needs an even number")
+    crashed = clone.sh("git rev-parse HEAD")[:7]
+    clone.take_back()
+
+    # One that hangs and is killed
+    clone.edit("    gc.freeze()", "    print('hanging', flush=True); time.sleep(500)\n    gc.freeze()")
+    clone.sh("git commit -qam 'hang'")
+    clone.run(until="hanging")
+    pid = clone.sh("sed -n 's/^pid: //p' run.log").strip()
+    clone.sh(command("kill"))
+    deadline = time.monotonic() + 10
+    while "exit: 143" not in clone.sh("tail -n 1 run.log"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert clone.sh(f"ps -p {pid} -o pid= || true").strip() == ""
+    clone.record_crash("hang")
+    hung = clone.sh("git rev-parse HEAD")[:7]
+    clone.take_back()
+
+    # An honest look: the baseline on another seed, and back
+    clone.sh(command("--detach"))
+    assert clone.sh("git rev-parse HEAD")[:7] == baseline
+    clone.run(100)
+    clone.record("keep", "check, seed 100")
+    before = clone.bar()
+    clone.sh(command("git switch -q -\n"))
+    assert clone.bar() == before  # a check moves no bar
+    assert clone.sh("git rev-parse HEAD")[:7] == kept
+
+    # Picking up again, with everything but the files forgotten
+    seen = clone.sh(command("git status -sb"))
+    assert "## autoresearch/nov22" in seen and "matrix lr 0.03" in seen and "check, seed 100" in seen
+
+    # After the night
+    rows = clone.rows()
+    assert rows[0] == ["commit", "val_bpb", "memory_gb", "status", "description"]
+    assert [(row[0], row[3]) for row in rows[1:]] == [
+        *[(baseline, "keep")] * 3,
+        (kept, "keep"),
+        (discarded, "discard"),
+        (crashed, "crash"),
+        (hung, "crash"),
+        (baseline, "keep"),
+    ]
+    assert all(len(row) == 5 for row in rows)
+    assert clone.sh("git status --porcelain") == ""
+    assert clone.sh("git ls-files results.tsv run.log") == ""
+    assert clone.sh("git log --format=%h -n 2").split() == [kept, baseline]
+    tags = clone.sh("git tag").split()
+    assert sorted(tags) == sorted(f"tried/{commit}" for commit in (discarded, crashed, hung))
+    assert all(clone.sh(f"git rev-parse tried/{commit}")[:7] == commit for commit in (discarded, crashed, hung))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        # best, M, n, keep below, simpler below, by hand
+        (["1.000 keep b", "1.003 keep b", "1.006 keep b"], (1.0, 0.004, 0, 0.996, 1.004)),
+        (["1.006 keep b", "1.000 keep b", "1.003 keep b", "0.99 keep x"], (0.99, 0.004, 0, 0.986, 0.994)),
+        (["1.000 keep b", "1.003 keep b", "1.006 keep b", *["1.1 discard x"] * 25], (1.0, 0.004, 25, 0.998, 1.004)),
+        (["1.000 keep b", "1.003 keep b", "1.006 keep b", *["1.1 discard x"] * 80], (1.0, 0.004, 50, 1.0, 1.004)),
+        (["1.000 keep b", "1.003 keep b", "1.006 keep b", "0 crash x", "2 discard x"], (1.0, 0.004, 1, 0.99608, 1.004)),
+        (["1.000 keep b", "1.003 keep b", "1.006 keep b", "1.002 keep simpler"], (1.0, 0.004, 0, 0.996, 1.004)),
+        (["1.000 keep b", "1.003 keep b", "1.006 keep b", "0.9 keep check"], (1.0, 0.004, 0, 0.996, 1.004)),
+        (["10.0 keep b", "9.9 keep b", "9.8 keep b"], (9.8, 0.133333, 0, 9.666667, 9.933333)),  # numbers, not letters
+    ],
+)
+def test_the_bar_by_hand(tmp_path, rows, expected):
+    lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
+    lines += ["abc1234\t{}\t1.0\t{}\t{}".format(*row.split(" ")) for row in rows]
+    (tmp_path / "results.tsv").write_text("\n".join(lines) + "\n")
+    done = subprocess.run(["bash", "-c", command("awk")], cwd=tmp_path, capture_output=True, text=True)
+    found = tuple(map(float, re.findall(r"\d+\.\d+|(?<= )\d+(?= d)", done.stdout)))
+    assert found == pytest.approx(expected, abs=1e-6), done.stderr
+
+
+def test_no_command_can_lose_work():
+    for _, text in BLOCKS:
+        for word in ("git clean", "--hard", "rm ", "git checkout", "timeout", "git push", "stash"):
+            assert word not in text
+    text = (ROOT / "program.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 165
+    assert "git status --porcelain` must print nothing" in text
+
+
+def test_the_harness_is_named_where_it_must_be(clone):
+    """The fingerprint that set-up prints is the one that runs print."""
+    printed = clone.sh(command("open_cache")).split()[-1]
+    log = (clone.folder / "run.log").read_text() if (clone.folder / "run.log").exists() else ""
+    assert prepare.SCALES["laptop"] and (not log or f"harness:          {printed}" in log)
