@@ -262,6 +262,13 @@ class GPT(nn.Module):
         initialise(self, k)
 
     def forward(self, x, y=None):
+        # Around one pass only: autocast keeps its 16-bit copies of the weights until it is left, and a longer one would
+        # compute with those of the first step for ever.
+        with torch.autocast("cuda", torch.bfloat16) if x.is_cuda else nullcontext():
+            logits = self.logits(x)
+        return logits if y is None else F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    def logits(self, x):
         T = x.size(1)
         cos, sin = self.cos[:T], self.sin[:T]
         h = h0 = norm(self.wte(x))  # (B, T, C)
@@ -270,8 +277,7 @@ class GPT(nn.Module):
             ve = self.value_embeds[str(i)](x) if str(i) in self.value_embeds else None  # (B, T, C_kv)
             h = block(h, ve, cos, sin, window)
         logits = self.lm_head(norm(h)).float()  # (B, T, V)
-        logits = self.softcap * torch.tanh(logits / self.softcap)  # Gemma 2, arXiv 2408.00118
-        return logits if y is None else F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        return self.softcap * torch.tanh(logits / self.softcap)  # Gemma 2, arXiv 2408.00118
 
 
 # What each parameter starts as and which optimizer group moves it: the first line whose pattern fits its name.
@@ -653,7 +659,6 @@ def main():
     if cuda:  # read at the first allocation: segments that grow waste less. PyTorch 2.9 heeds only this older name
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch.set_float32_matmul_precision("high")
-    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
     compiled = (lambda f: torch.compile(f, dynamic=False)) if cuda else (lambda f: f)
 
     name, attention, reason = pick_attention(T, layer_windows(k, T), k.HEAD_DIM, device)
@@ -673,12 +678,11 @@ def main():
     if math.isnan(peak):
         print(f"MFU: nan, the peak of {prepare.device_name()} is not in PEAK_FLOPS")
 
-    with autocast:
-        micro = warm_up(model, forward, optimizer, k, V, T, device)
-        print(f"batch: {k.TOTAL_BATCH:,} tokens a step, {micro} rows of {T} at once", flush=True)
-        loader = make_dataloader(tokenizer, micro, T, "train")
-        steps = train(forward, optimizer, loader, k, k.TOTAL_BATCH // (micro * T), V, flops, peak)
-        val_bpb = evaluate_bpb(forward, tokenizer, micro)
+    micro = warm_up(model, forward, optimizer, k, V, T, device)
+    print(f"batch: {k.TOTAL_BATCH:,} tokens a step, {micro} rows of {T} at once", flush=True)
+    loader = make_dataloader(tokenizer, micro, T, "train")
+    steps = train(forward, optimizer, loader, k, k.TOTAL_BATCH // (micro * T), V, flops, peak)
+    val_bpb = evaluate_bpb(forward, tokenizer, micro)
     tokens = steps * k.TOTAL_BATCH
     prepare.report(
         val_bpb,

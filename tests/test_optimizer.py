@@ -223,7 +223,7 @@ def test_cautious_decay_only_shrinks_and_only_with_the_step(shape):
     assert (extra * update[with_it] >= 0).all()  # never against the step
 
 
-@pytest.mark.parametrize("shape, factor", zip(SHAPES, (1, 1, 2)))
+@pytest.mark.parametrize("shape, factor", list(zip(SHAPES, (1, 1, 2))))
 def test_the_learning_rate_is_a_spectral_norm_times_the_root_of_rows_over_columns(shape, factor):
     grad = matrices(*shape).float()
     moved = one_muon_step(torch.zeros(shape), grad, lr=0.02)

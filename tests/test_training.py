@@ -267,3 +267,30 @@ def test_importing_does_nothing(tmp_path):
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools")
+def test_nothing_is_compiled_after_the_warm_up():
+    """Model, both optimizer steps, schedules that change, evaluation: the compiler's counter stands still.
+
+    With the compiler's front end alone (backend "eager"), which is what decides on recompilation.
+    """
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    k = replace(TINY, DEPTH=3, TOTAL_BATCH=8 * T, MAX_MICRO_BATCH=4)
+    compiled = partial(torch.compile, backend="eager", dynamic=False)
+    model = train.GPT(k, V, T, train.sdpa_attention)
+    optimizer = train.make_optimizer(model, k, compiled)
+    forward = compiled(model)
+    micro = train.warm_up(model, forward, optimizer, k, V, T, CPU)
+    before = dict(counters["stats"]), dict(counters["frames"])
+    assert before[0]["unique_graphs"] > 3  # model for training and for evaluation, Muon, AdamW
+    for step in range(3):
+        train.set_schedules(optimizer, k, step / 3, step)
+        tokens = torch.randint(V, (2, micro, T))
+        train.train_step(forward, optimizer, lambda: tokens, 2)  # noqa: B023
+    model.eval()
+    with torch.no_grad():
+        forward(torch.randint(V, (micro, T)))
+    assert (dict(counters["stats"]), dict(counters["frames"])) == before
