@@ -28,6 +28,7 @@ import sys
 import sysconfig
 import threading
 import time
+from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +83,8 @@ SOURCE_VAL_SHARE = 0.05  # of the characters of `--corpus source`
 BUFFER_DOCS = 1_000  # documents a row is packed from
 PREFETCH = 3  # batches made ahead
 
-CAUSALITY_BATCHES = 4  # validation batches on which the model's causality is checked
+CAUSALITY_ROWS = 64  # validation rows on which the model's causality is checked, each at a place of its own
+CAUSALITY_ROWS_AT_ONCE = 16  # of a batch: their logits are kept for the comparison
 CAUSALITY_TOLERANCE = 1e-3  # logits; a leak under it is worth less than the noise of a seed
 RUN_GRACE = 300  # seconds beyond the budget, for start, compilation and evaluation, before the watchdog ends a run
 
@@ -156,6 +158,17 @@ def cache_lock(cache):
         yield
 
 
+def readable(path):
+    """Is there such a file? Raises PrepareError if there may be one that this user may not read."""
+    try:
+        open(path, "rb").close()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise PrepareError(f"{path} can't be read ({error.strerror}): mend that, or set AUTORESEARCH_CACHE") from error
+    return True
+
+
 def _self_digest(manifest):
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -168,7 +181,7 @@ def load_manifest(folder):
     Raises PrepareError for a cache that is missing, half-made, of another layout or damaged.
     """
     path = folder / "manifest.json"
-    if not path.exists():
+    if not readable(path):
         if (folder / "tokenizer" / "tokenizer.pkl").exists():
             raise PrepareError(f"{folder} was made by an older layout of this project: run `uv run prepare.py`")
         raise PrepareError(
@@ -193,7 +206,7 @@ def open_cache(folder):
     manifest = load_manifest(folder)
     for entry in manifest["files"].values():
         path = folder / entry["name"]
-        state = "missing" if not path.exists() else "damaged" if digest(path) != entry["digest"] else None
+        state = "missing" if not readable(path) else "damaged" if digest(path) != entry["digest"] else None
         if state:
             raise PrepareError(f"{path} is {state}: run `{manifest['command']}` to make it again")
     return manifest
@@ -259,7 +272,7 @@ class Corpus:
     train: list
     val: list
     note: str
-    skip_undecodable: bool = False  # other people's source files may be in any encoding
+    skip_unreadable: bool = False  # other people's source files may be in any encoding
     skipped: set = field(default_factory=set)
     counts: dict = None
 
@@ -280,10 +293,13 @@ class Corpus:
         try:
             yield from read(path)
         except UnicodeDecodeError as error:
-            if not self.skip_undecodable:
+            if not self.skip_unreadable:
                 raise PrepareError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})", 2) from error
             self.skipped.add(path)
         except (OSError, pa.ArrowException) as error:
+            if self.skip_unreadable:
+                self.skipped.add(path)
+                return
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise PrepareError(f"{path} can't be read ({reason})", 2) from error
 
@@ -328,13 +344,13 @@ def read_parquet(path):
 
 
 def read_jsonl(path):
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise PrepareError(f'{path} line {number} is not a JSON object with a string under "text"', 2)
@@ -346,7 +362,7 @@ def read_text(path):
 
     A row takes a document whole or its beginning: of a book in one piece, only the first page would be seen.
     """
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     start = 0
     while len(text) - start > 1.5 * DOCUMENT_CHARS:
         low, high = start + DOCUMENT_CHARS // 2, start + DOCUMENT_CHARS
@@ -392,7 +408,7 @@ def source_corpus():
     train, val = in_order(set(packages) - val_names), in_order(val_names)
     note = f"Python source: {len(train):,} files of {len(packages) - len(val_names):,} packages to train on"
     note += f", {len(val):,} files of {len(val_names):,} other packages to validate on"
-    return Corpus(train, val, note, skip_undecodable=True)
+    return Corpus(train, val, note, skip_unreadable=True)
 
 
 def folder_corpus(folder):
@@ -594,13 +610,12 @@ def check_shard(path: Path, remote: Remote) -> str:
     if (digest := sha256_of(path)) != (remote.sha256 or digest):
         raise Damaged("its sha256 is not the one that the hub names")
     try:
-        with pq.ParquetFile(path) as parquet:
-            types = [field.type for field in parquet.schema_arrow if field.name == "text"]
-            if not types or not (pa.types.is_string(types[0]) or pa.types.is_large_string(types[0])):
-                raise Damaged("a parquet file without a column `text` of strings")
+        with open_parquet(path) as parquet:
             if not remote.sha256:  # decoding is all that is left to find damage in the middle
                 for _ in parquet.iter_batches(columns=["text"]):
                     pass
+    except PrepareError:
+        raise Damaged("a parquet file without a column `text` of strings") from None
     except (pa.ArrowException, OSError, ValueError):
         raise Damaged("not a readable parquet file") from None
     return digest
@@ -823,7 +838,7 @@ def go_on_hint(names: list[str], folder: Path) -> str:
         return ""
     training = (is_verified(folder / name, records) for name in names if name != VAL_SHARD)
     there = len(list(takewhile(bool, training)))
-    return f" To go on with what is here: uv run prepare.py --num-shards {there}" if there else ""
+    return f" To go on with what is here: the same command with --num-shards {there}" if there else ""
 
 
 def failure_report(failed: list[Shard], names: list[str], folder: Path) -> PrepareError:
@@ -906,10 +921,9 @@ class Tokenizer:
         return cls([bytes(token) for token, _ in pairs])
 
     @classmethod
-    def from_directory(cls, cache=None):
+    def from_directory(cls, folder=None):
         """The prepared tokenizer. Raises PrepareError where the cache is not whole."""
-        cache = Path(cache or cache_dir())
-        return cls.load(cache / open_cache(cache)["files"]["tokenizer"]["name"])
+        return load_tokenizer(Path(folder or cache_dir()))
 
     @classmethod
     def load(cls, path):
@@ -933,14 +947,18 @@ class Tokenizer:
             prepend = self.encoding.encode_single_token(prepend)
         first = [] if prepend is None else [prepend]
         if isinstance(text, str):
-            return first + self.encoding.encode_ordinary(well_formed(text))
-        rows = self.encoding.encode_ordinary_batch([well_formed(t) for t in text], num_threads=num_threads)
-        return [first + row for row in rows]
+            return first + self.encode_text(text).tolist()
+        with ThreadPoolExecutor(num_threads) as pool:
+            return [first + ids.tolist() for ids in pool.map(self.encode_text, text)]
+
+    def encode_text(self, text):
+        """Token ids of a str, uint32 of shape (n,)."""
+        encoded = (self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(well_formed(text)))
+        return np.concatenate(list(encoded))
 
     def encode_document(self, text):
         """Token ids of a document with BOS in front, uint16 of shape (n + 1,)."""
-        ids = self.encoding.encode_to_numpy(well_formed(text), disallowed_special=())
-        return np.concatenate([[self.bos_token_id], ids]).astype(np.uint16)
+        return np.concatenate([[self.bos_token_id], self.encode_text(text)]).astype(np.uint16)
 
     def decode(self, ids):
         return self.encoding.decode(ids)
@@ -950,6 +968,19 @@ class Tokenizer:
         return np.array([len(token) for token in self.ranks] + [0] * len(SPECIAL_TOKENS))
 
 
+LONG_RUN = re.compile(r"\s{10000}|\S{10000}")
+
+
+def pieces(text):
+    """The text, cut where a run of spaces or of anything else goes on for 10,000 characters: BPE takes the square."""
+    start = 0
+    if len(text) >= 10_000:
+        for run in LONG_RUN.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+    yield text[start:]
+
+
 def well_formed(text):
     """The text with lone surrogates, which UTF-8 can't hold, as U+FFFD."""
     try:
@@ -957,6 +988,11 @@ def well_formed(text):
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@cache
+def load_tokenizer(folder):
+    return Tokenizer.load(folder / open_cache(folder)["files"]["tokenizer"]["name"])
 
 
 def get_token_bytes(device="cpu"):
@@ -974,7 +1010,7 @@ def write_tokens(tokenizer, corpus, split, path):
     Raises PrepareError if its files hold no text.
     """
     files = getattr(corpus, split)
-    groups, lengths = batched(corpus.documents(files), 64), []
+    groups, lengths = batched(corpus.documents(files), 64), array("q", [0])  # 8 bytes each: there may be millions
 
     def encode_group(texts):
         return [tokenizer.encode_document(text) for text in texts]
@@ -991,10 +1027,10 @@ def write_tokens(tokenizer, corpus, split, path):
             tokens.write(np.concatenate(encoded).tobytes())
             lengths.extend(map(len, encoded))
             bar.update(len(encoded))
-        if not lengths:
+        if len(lengths) == 1:
             raise PrepareError(f"no text in {files[0]}{' …' if len(files) > 1 else ''}: every document is empty", 2)
         with written(path.with_suffix(".idx")) as offsets:
-            offsets.write(np.cumsum([0, *lengths], dtype=np.int64).tobytes())
+            offsets.write(np.cumsum(np.frombuffer(lengths, np.int64)).tobytes())
 
 
 def batched(items, n):
@@ -1003,15 +1039,25 @@ def batched(items, n):
         yield group
 
 
-def read_tokens(split, cache=None):
+def read_tokens(split):
     """(tokens, offsets) of a prepared split, memory-mapped: uint16 (N,) and int64 (documents + 1,)."""
     if split not in ("train", "val"):
         raise ValueError(f'split must be "train" or "val", not {split!r}')
-    cache = Path(cache or cache_dir())
-    files = open_cache(cache)["files"]
-    tokens = np.memmap(cache / files[f"{split}_tokens"]["name"], np.uint16, "r")
-    offsets = np.memmap(cache / files[f"{split}_offsets"]["name"], np.int64, "r")
+    return map_tokens(cache_dir(), split)
+
+
+@cache
+def map_tokens(folder, split):
+    files = open_cache(folder)["files"]
+    tokens = np.memmap(folder / files[f"{split}_tokens"]["name"], np.uint16, "r")
+    offsets = np.memmap(folder / files[f"{split}_offsets"]["name"], np.int64, "r")
     return tokens.view(np.ndarray), offsets.view(np.ndarray)  # slices of a plain array cost a tenth of a memmap's
+
+
+def forget_cache():
+    """Read everything anew at the next call: the cache has changed."""
+    for function in (load_manifest, open_cache, load_tokenizer, map_tokens):
+        function.cache_clear()
 
 
 # -----------------------------------------------------------------------------
@@ -1140,8 +1186,8 @@ def batches(tokens, offsets, B, T, device):
 class Clock:
     """The time a model has to learn in: from the first training batch to the beginning of evaluation.
 
-    Everything in between counts. A batch asked for after an evaluation sets it going again as if it had never
-    stopped, so nothing is learned off the clock.
+    Everything in between counts. A batch asked for after an evaluation, or another evaluation, makes it as if it had
+    never stopped, so nothing is learned off the clock.
     """
 
     def __init__(self):
@@ -1150,10 +1196,13 @@ class Clock:
     def start(self):
         if self.started is None:
             self.started = time.monotonic()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()  # what the warm-up tried is not what the run takes
         self.stopped = None
 
     def stop(self):
-        if self.started is not None and self.stopped is None:
+        """At each evaluation: what is done between two of them is training too."""
+        if self.started is not None:
             self.stopped = time.monotonic()
 
     def seconds(self):
@@ -1168,6 +1217,15 @@ class Clock:
 
     def time_is_up(self):
         return self.progress() >= 1.0
+
+    def complaint(self):
+        """What is wrong with the time of training, in a phrase; None if nothing is. A last step may take a while."""
+        budget = load_manifest(cache_dir())["constants"]["TIME_BUDGET"]
+        if self.started is None:
+            return "no batch of training data was asked for, so the clock never ran"
+        if self.seconds() > 1.02 * budget + 1:
+            return f"training took {self.seconds():.1f} s of a budget of {budget} s"
+        return None
 
 
 clock = Clock()
@@ -1202,22 +1260,27 @@ def git(*arguments):
 
 
 def running_commit():
-    """7 characters of the commit that train.py is a file of, unchanged; None where it is changed or in none."""
+    """(7 characters of the commit that has train.py as it is, None); else (None, why there is none)."""
     commit = git("rev-parse", "--short=7", "HEAD")
     changed = git("status", "--porcelain", "--ignored", "--", "train.py")
-    return commit[:7] if commit and changed == "" else None
+    if commit is None or changed is None:
+        return None, "git names no commit here"
+    return (commit[:7], None) if changed == "" else (None, "train.py differs from its commit")
 
 
-started_from = None  # running_commit() when the run began: later edits are another experiment's
+started_from = None, "the run was begun without start_run()"  # running_commit() then: later edits are not this run's
 
 
 def start_run():
-    """Begin a run: check the cache, seed everything random, set the watchdog. Returns the device.
+    """Begin a run: check and open the cache, seed everything random, set the watchdog. Returns the device.
 
     Raises PrepareError before anything has been computed.
     """
     global started_from
     watchdog(open_cache(cache_dir())["constants"]["TIME_BUDGET"] + RUN_GRACE)
+    for split in ("train", "val"):
+        read_tokens(split)  # open from now on: another prepare.py can't take the files away
+    get_token_bytes()
     seed = get_seed()
     random.seed(seed)
     np.random.seed(seed)
@@ -1256,8 +1319,10 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, 
     """Print the block that every tool greps. What the harness knows it adds itself; the run is over after it."""
     watchdog(None)
     memory = peak_memory_mb()
-    if started_from is None:
-        print("warning: train.py is not a file of the commit checked out: no commit stands for this run")
+    commit, dirty = started_from
+    for complaint in filter(None, (dirty, clock.complaint())):
+        print(f"warning: {complaint}: no commit stands for this run")
+        commit = None
     lines = {
         "val_bpb": f"{val_bpb:.6f}",
         "training_seconds": f"{clock.seconds():.1f}",
@@ -1272,7 +1337,7 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, 
         "attention": attention,
         "device": device_name(),
         "harness": fingerprint(),
-        "row": f"{started_from or '-------'}\t{val_bpb:.6f}\t{memory / 1024:.1f}",
+        "row": f"{commit or '-------'}\t{val_bpb:.6f}\t{memory / 1024:.1f}",
     }
     print("---")
     for name, value in lines.items():
@@ -1301,9 +1366,9 @@ def evaluate_bpb(model, tokenizer, batch_size):
         torch.cuda.synchronize()  # what still computes is training
     clock.stop()
     constants = open_cache(cache_dir())["constants"]
-    budget, T = constants["TIME_BUDGET"], constants["MAX_SEQ_LEN"]
-    if clock.seconds() > 1.05 * budget + 1:
-        print(f"warning: training took {clock.seconds():.1f} s of a budget of {budget} s", file=sys.stderr)
+    T = constants["MAX_SEQ_LEN"]
+    if clock.complaint():
+        print(f"warning: {clock.complaint()}", file=sys.stderr)
     if batch_size < 1:
         raise ValueError(f"evaluate_bpb wants batch_size ≥ 1, got {batch_size}")
     was_training = getattr(model, "training", False)
@@ -1312,7 +1377,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
     try:
         tokens, offsets = read_tokens("val")
         rows = list(islice(pack_rows(offsets, T, forever=False), constants["EVAL_TOKENS"] // T))
-        token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
+        token_bytes = get_token_bytes(device)  # the prepared tokenizer's, whatever was passed in
         with torch.no_grad():
             return score_rows(model, tokens, rows, T, token_bytes, batch_size, device)
     finally:
@@ -1325,7 +1390,8 @@ def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
     V = len(token_bytes)
     dice = random.SystemRandom()  # not the seeded generator: where the checks fall can't be foreseen
     starts = range(0, len(rows), batch_size)
-    checked = set(dice.sample(starts, min(CAUSALITY_BATCHES, len(starts))))
+    watched = max(1, min(CAUSALITY_ROWS_AT_ONCE, batch_size // 2))  # rows of a batch
+    checked = set(dice.sample(starts, min(-(-CAUSALITY_ROWS // watched), len(starts))))
     nats = torch.zeros((), dtype=torch.float64, device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
     page = np.empty((batch_size, T + 1), np.int64)
@@ -1339,11 +1405,17 @@ def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
         for row_logits, row_y in zip(logits[: len(batch)], y):  # row by row: the float32 copy stays small
             loss = F.cross_entropy(row_logits.float(), row_y, reduction="none")  # (T,)
             row_bytes = token_bytes[row_y]
-            nats += loss.double()[row_bytes > 0].sum()
+            nats += (loss.double() * (row_bytes > 0)).sum()
             count += row_bytes.sum()
         if start in checked:
-            check_causality(model, x, logits, V, dice)
-    return nats.item() / (math.log(2) * count.item())
+            which = sorted(dice.sample(range(batch_size), watched))
+            kept = logits[which].clone()  # the model may use its output's memory again
+            del logits, row_logits
+            check_causality(model, x, which, kept, V, dice)
+    result = nats.item() / (math.log(2) * count.item())
+    if not math.isfinite(result):
+        raise EvaluationError(f"the logits are so large that the score is {result}")
+    return result
 
 
 def checked_logits(model, x, V):
@@ -1353,36 +1425,46 @@ def checked_logits(model, x, V):
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point() or tuple(logits.shape) != wanted:
         got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise EvaluationError(f"model(x) must return floating-point logits of shape {wanted}, it returned {got}")
-    if not torch.isfinite(logits).all():
+    if not torch.stack([torch.isfinite(row).all() for row in logits]).all():
         raise EvaluationError("model(x) returned logits that are not finite (NaN or infinity)")
     return logits
 
 
-def check_causality(model, x, logits, V, dice):
-    """Raise EvaluationError if logits (B, T, V) depend on tokens that come after them, or on other rows of x (B, T)."""
+def check_causality(model, x, which, logits, V, dice):
+    """Raise EvaluationError if logits depend on tokens that come after them, or on other rows of x (B, T).
+
+    logits (len(which), T, V) is what model(x) gave for the rows `which`. Only those are compared.
+    """
     B, T = x.shape
     generator = torch.Generator().manual_seed(dice.getrandbits(63))
 
     def random_like(x):  # tokens that differ from x's everywhere
         return (x + torch.randint(1, V, x.shape, generator=generator).to(x.device)) % V
 
-    def compare(changed, keep, fault):
+    def moved(changed, keep):
+        """How far the logits of `changed` lie from what they were, at most, where keep (B, T) is true."""
         again = checked_logits(model, changed, V)
-        # row by row: the difference of whole batches would take as much memory again as the logits
-        worst = max((a[k] - b[k]).abs().max().item() if k.any() else 0.0 for a, b, k in zip(again, logits, keep))
+        pairs = ((again[i][keep[i]], before[keep[i]]) for i, before in zip(which, logits))
+        return max((a - b).abs().max().item() if len(a) else 0.0 for a, b in pairs)
+
+    def compare(changed, keep, fault):
+        worst = moved(changed, keep)
         if worst > CAUSALITY_TOLERANCE:
-            raise EvaluationError(f"{fault} (a logit moved by {worst:.3g}): there is no number for such a model")
+            again = moved(x.clone(), torch.ones_like(keep))
+            if again > CAUSALITY_TOLERANCE:
+                fault = "the same input gave other logits (a state, or a kernel that is not deterministic)"
+            raise EvaluationError(f"{fault}: a logit moved by {max(worst, again):.3g}, so there is no number")
 
     if B > 1:
-        other = torch.zeros(B, 1, dtype=torch.bool, device=x.device)
-        other[dice.sample(range(B), B // 2)] = True
-        changed = torch.where(other, random_like(x), x)
-        compare(changed, ~other.expand(B, T), "the model mixes rows: changing other rows changes a row's logits")
-    # Rows differ in where they are changed, so a batch tests many positions. T = 1 has no earlier one.
+        others = torch.ones(B, 1, dtype=torch.bool, device=x.device)
+        others[which] = False
+        changed = torch.where(others, random_like(x), x)
+        compare(changed, ~others.expand(B, T), "the model mixes rows: other rows changed a row's logits")
+    # Rows differ in where they are changed. T = 1 has no earlier place.
     t = torch.tensor([dice.randrange(1, T) if T > 1 else 1 for _ in range(B)], device=x.device)
     future = torch.arange(T, device=x.device) >= t[:, None]  # (B, T)
     changed = torch.where(future, random_like(x), x)
-    compare(changed, ~future, "the model is not causal: changing later tokens changes earlier logits")
+    compare(changed, ~future, "the model is not causal: later tokens changed earlier logits")
 
 
 # -----------------------------------------------------------------------------
@@ -1394,30 +1476,35 @@ def prepare(args):
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     with cache_lock(cache):
-        load_manifest.cache_clear()  # another process may have changed it since
-        open_cache.cache_clear()
+        forget_cache()  # another process may have changed it since
         try:
             before = load_manifest(cache)
         except PrepareError:
             before = {"files": {}}
-        known = {entry["name"]: entry["digest"] for entry in before["files"].values()}
+        known = {entry["name"]: entry["digest"] for entry in before["files"].values()}  # file name -> digest
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            known |= json.loads((cache / "unfinished.json").read_bytes())
         begun = time.monotonic()
 
         def need(path, parts, make):
-            """Make `path` unless all its parts are there and, where a manifest has their digests, undamaged."""
-            names = [path.with_suffix(part) for part in parts]
-            if all(name.exists() and known.get(name.name) in (None, digest(name)) for name in names):
+            """Make `path` unless all its parts are there, each as it was when it was made."""
+            paths = [path.with_suffix(part) for part in parts]
+            if all(part.exists() and known.get(part.name) == digest(part) for part in paths):
                 return "up to date"
             started = time.monotonic()
             corpus.check()
             make()
+            known.update({part.name: digest(part) for part in paths})
+            with written(cache / "unfinished.json") as f:  # until the manifest says it: this process may be killed
+                f.write(json.dumps(known).encode())
             return f"made in {time.monotonic() - started:.1f} s"
 
         corpus = find_corpus(args, cache)
         say("corpus", corpus.note)
 
+        how = [LAYOUT, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS, DOCUMENT_CHARS]
         sample = tokenizer_files(corpus.train)
-        path = cache / f"tokenizer-{key_of(corpus.identity(sample), args.vocab_size, SPLIT_PATTERN)}.bpe"
+        path = cache / f"tokenizer-{key_of(corpus.identity(sample), args.vocab_size, how)}.bpe"
         texts = sample_texts(corpus.documents(sample))
         state = need(path, [".bpe"], lambda: Tokenizer.train(texts, args.vocab_size).save(path))
         tokenizer = Tokenizer.load(path)
@@ -1428,13 +1515,13 @@ def prepare(args):
         files = {"tokenizer": path}
 
         for split, paths in (("train", corpus.train), ("val", corpus.val)):
-            path = cache / f"{split}-{key_of(corpus.identity(paths), digest(files['tokenizer']))}.bin"
+            path = cache / f"{split}-{key_of(corpus.identity(paths), digest(files['tokenizer']), how)}.bin"
             state = need(path, [".idx", ".bin"], partial(write_tokens, tokenizer, corpus, split, path))
             files[f"{split}_tokens"], files[f"{split}_offsets"] = path, path.with_suffix(".idx")
             offsets = np.fromfile(path.with_suffix(".idx"), np.int64)
             say(split, f"{offsets[-1]:,} tokens in {len(offsets) - 1:,} documents, {state}")
         if corpus.skipped:
-            say("", f"note: {len(corpus.skipped)} file(s) are not UTF-8 and were skipped")
+            say("", f"note: {len(corpus.skipped)} file(s) are not readable as UTF-8 and were skipped")
 
         wanted = args.eval_tokens // args.seq_len
         rows = sum(1 for _ in islice(pack_rows(offsets, args.seq_len, forever=False), wanted))  # offsets of val
@@ -1478,11 +1565,11 @@ def put_in_force(cache, args, vocab_size, files):
     if not path.exists() or path.read_bytes() != text:
         with written(path) as f:
             f.write(text)
-    load_manifest.cache_clear()
-    open_cache.cache_clear()
+    (cache / "unfinished.json").unlink(missing_ok=True)
+    forget_cache()
     # downloads stay
     keep = {path.name, *(path.name for path in files.values())}
-    for pattern in ("tokenizer-*", "train-*", "val-*", "manifest.json*"):
+    for pattern in ("tokenizer-*", "train-*", "val-*", "manifest.json*", "unfinished.json*"):
         for path in cache.glob(pattern):
             if path.name not in keep:
                 path.unlink()
@@ -1548,13 +1635,13 @@ def whole(low, high=None, also=None):
 
 
 def budget(text):
-    """An argparse type: seconds, a positive number; int where it is one."""
+    """An argparse type: seconds, a positive number up to a week; int where it is one."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"wants a positive number of seconds, got {text!r}")
+    if not 0 < value <= 7 * 24 * 3600:
+        raise argparse.ArgumentTypeError(f"wants a positive number of seconds, up to a week, got {text!r}")
     return int(value) if value == int(value) else value
 
 

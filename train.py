@@ -64,7 +64,7 @@ class Knobs:
     # Schedule and sizes
     WARMDOWN: float = 0.5  # last share of the time, in which the learning rate falls to 0
     TOTAL_BATCH: int = 2**19  # tokens a step
-    MAX_MICRO_BATCH: int = 128  # rows at once; halved until they fit the memory, the step stays as it is
+    MAX_MICRO_BATCH: int = 128  # rows at once; fewer where these don't fit the memory, the step stays as it is
 
 
 FULL = Knobs()
@@ -594,7 +594,10 @@ def warm_up(model, forward, optimizer, k, vocab_size, T, device):
     """
     rows = k.TOTAL_BATCH // T
     if rows * T != k.TOTAL_BATCH:
-        raise TrainingError(f"TOTAL_BATCH {k.TOTAL_BATCH:,} is not a multiple of {T} tokens: {max(rows, 1) * T:,} is")
+        fits = max(rows, 1) * T
+        raise TrainingError(
+            f"TOTAL_BATCH {k.TOTAL_BATCH:,} is no multiple of a row, {T} tokens: {fits:,} is (train.py)"
+        )
     sizes = [n for n in range(min(rows, k.MAX_MICRO_BATCH), 0, -1) if rows % n == 0]  # that share the step out evenly
     dice = torch.Generator().manual_seed(0)  # of its own: the run's random state is not touched
     for micro, smaller in zip(sizes, [*sizes[1:], None]):
@@ -610,10 +613,13 @@ def warm_up(model, forward, optimizer, k, vocab_size, T, device):
                     forward(tokens[0])
                 model.train()
             return micro
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:  # libraries that run out of memory raise their own kind
+            if not isinstance(error, torch.cuda.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+                raise
             if smaller:
                 print(f"{micro} rows at once are out of memory, trying {smaller}", flush=True)
         torch.cuda.empty_cache()
+        torch.compiler.reset()  # each size is compiled anew, and after eight the compiler would give up in silence
     raise TrainingError("out of GPU memory with one row at a time: make the model smaller")
 
 

@@ -76,15 +76,9 @@ def cache(session_cache, monkeypatch):
 def fresh_harness(monkeypatch):
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
     monkeypatch.delenv("SEED", raising=False)
-    forget()
+    prepare.forget_cache()
     yield
     prepare.watchdog(None)
-
-
-def forget():
-    """What this process remembers of caches: a test that changes one on disk wants it read again."""
-    prepare.load_manifest.cache_clear()
-    prepare.open_cache.cache_clear()
 
 
 def run_python(*arguments, cache=None, cwd=ROOT, timeout=120, **environment):

@@ -248,7 +248,7 @@ def test_a_stream_that_never_brings_anything_is_given_up(hub, cache):
     assert f"{prepare.RETRIES + 1} times in a row" in message
     assert len(ranges(hub, B)) == prepare.RETRIES + 1
     assert present(cache) == [A, C, VAL]
-    assert message.endswith("uv run prepare.py --num-shards 1")  # A; C has a gap before it
+    assert message.endswith("the same command with --num-shards 1")  # A; C has a gap before it
 
 
 def test_what_was_fetched_before_giving_up_is_used_the_next_time(hub, cache):
@@ -331,7 +331,7 @@ def test_a_refusal_is_not_asked_twice(hub, cache, status, at):
     assert f"{C} (HTTP {status}" in message
     assert len(hub.seen(at, C)) == 1
     assert present(cache) == [A, B, VAL] and leftovers(cache) == []
-    assert message.endswith("To go on with what is here: uv run prepare.py --num-shards 2")
+    assert message.endswith("To go on with what is here: the same command with --num-shards 2")
     assert ("HF_TOKEN" in message) == (status in (401, 403))
 
 
@@ -666,7 +666,7 @@ def test_a_closed_port_is_told_at_once(hub, cache, monkeypatch):
 def test_no_network_says_how_to_go_on_with_what_is_there(hub, cache):
     download(cache, A, B, VAL)
     hub.close()
-    assert error_of(cache).endswith("uv run prepare.py --num-shards 2")
+    assert error_of(cache).endswith("the same command with --num-shards 2")
 
 
 def test_a_network_that_swallows_everything_is_told_in_seconds(hub, cache, monkeypatch):
@@ -899,6 +899,6 @@ def test_prepare_then_train(hub, tmp_path):
 def test_fewer_shards_go_on_from_what_is_there(hub, tmp_path):
     hub.fail(C, Fault(status=404), at="endpoint", always=True)
     failed = run_python("prepare.py", "--num-shards=3", *SMALL, cache=tmp_path / "home", HF_ENDPOINT=hub.endpoint)
-    assert failed.returncode == 1 and failed.stderr.splitlines()[-1].endswith("uv run prepare.py --num-shards 2")
+    assert failed.returncode == 1 and failed.stderr.splitlines()[-1].endswith("the same command with --num-shards 2")
     done = run_python("prepare.py", "--num-shards=2", *SMALL, cache=tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr

@@ -133,6 +133,67 @@ def test_a_model_that_cheats_gets_no_number(tokenizer, name):
         prepare.evaluate_bpb(Model(tokenizer.get_vocab_size(), logits), tokenizer, 8)
 
 
+class Reusing(torch.nn.Module):
+    """Looks ahead, and always answers in the same memory: what was kept of the last answer changes with the next."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.V, self.memory = V, {}
+
+    def forward(self, x):
+        memory = self.memory.setdefault(x.shape, torch.empty(*x.shape, self.V))
+        ahead = torch.cat([x[:, 1:], x[:, :1]], dim=1)
+        return memory.copy_(5 * torch.nn.functional.one_hot(ahead, self.V))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 64])
+def test_one_memory_for_all_answers_hides_nothing(tokenizer, batch_size):
+    with pytest.raises(prepare.EvaluationError, match="not causal"):
+        prepare.evaluate_bpb(Reusing(tokenizer.get_vocab_size()), tokenizer, batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_leak_at_every_tenth_place_is_found(tokenizer, batch_size):
+    V = tokenizer.get_vocab_size()
+
+    def tenth(x):
+        ahead = torch.cat([x[:, 1:], x[:, :1]], dim=1)
+        here = (torch.arange(x.size(1)) % 10 == 9)[:, None]
+        return torch.where(here, 5.0 * torch.nn.functional.one_hot(ahead, V), 0.0)
+
+    # 64 places are tried: 0.9^64 is one in a thousand, and of three evaluations one in a billion
+    found = 0
+    for _ in range(3):
+        try:
+            prepare.evaluate_bpb(Model(V, tenth), tokenizer, batch_size)
+        except prepare.EvaluationError:
+            found += 1
+    assert found
+
+
+def test_a_model_that_is_not_deterministic_is_told_so(tokenizer):
+    V = tokenizer.get_vocab_size()
+    with pytest.raises(prepare.EvaluationError, match="the same input gave other logits"):
+        prepare.evaluate_bpb(Model(V, lambda x: torch.randn(*x.shape, V)), tokenizer, 8)
+
+
+def test_the_bytes_are_those_of_the_prepared_tokenizer(tokenizer):
+    class Longer(prepare.Tokenizer):
+        def token_bytes(self):
+            return 10 * super().token_bytes()
+
+    V = tokenizer.get_vocab_size()
+    assert prepare.evaluate_bpb(Model(V), Longer(tokenizer.ranks), 8) == prepare.evaluate_bpb(Model(V), tokenizer, 8)
+
+
+def test_a_score_that_is_no_number_is_refused(tokenizer):
+    V = tokenizer.get_vocab_size()
+    huge = torch.zeros(V, dtype=torch.float64)
+    huge[0], huge[1] = 1e300, -1e300
+    with pytest.raises(prepare.EvaluationError, match="so large"):
+        prepare.evaluate_bpb(Model(V, lambda x: huge.expand(*x.shape, V)), tokenizer, 8)
+
+
 def test_honest_context_is_no_cheat(tokenizer):
     table = torch.randn(tokenizer.get_vocab_size(), 400, generator=torch.Generator().manual_seed(0))
     model = Model(400, lambda x: table[x].cumsum(dim=1) / torch.arange(1, x.size(1) + 1)[:, None])  # all that came
@@ -188,8 +249,11 @@ def test_the_clock_runs_from_the_first_batch_to_evaluation(tokenizer, monkeypatc
     prepare.evaluate_bpb(Model(400), tokenizer, 64)
     now[0] += 10
     assert prepare.clock.seconds() == 5.5
-    next(loader)  # learning after an evaluation is on the clock too, as if it had never stopped
+    prepare.evaluate_bpb(Model(400), tokenizer, 64)  # whatever was learned between the two
     assert prepare.clock.seconds() == 15.5
+    next(loader)  # learning after an evaluation is on the clock too, as if it had never stopped
+    now[0] += 1
+    assert prepare.clock.seconds() == 16.5
 
 
 def test_too_much_time_is_told(tokenizer, monkeypatch, capsys):

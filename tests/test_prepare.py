@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SMALL, forget, prose, run_python
+from conftest import ROOT, SMALL, prose, run_python
 
 import prepare
 
@@ -27,12 +27,12 @@ def own_cache(tmp_path, monkeypatch):
 
 def run(capsys, *options):
     """(exit status, standard output, standard error) of prepare.py with these options, in this process."""
-    forget()
+    prepare.forget_cache()
     try:
         status = prepare.main([str(option) for option in options])
     except SystemExit as stop:  # argparse
         status = stop.code
-    forget()
+    prepare.forget_cache()
     return status, *capsys.readouterr()
 
 
@@ -53,6 +53,7 @@ def run(capsys, *options):
         (["--time-budget=-5"], "positive"),
         (["--time-budget=inf"], "positive"),
         (["--time-budget=nan"], "positive"),
+        (["--time-budget=1e12"], "up to a week"),
         (["--eval-tokens=0"], "--eval-tokens"),
         (["--eval-tokens=10", "--seq-len=20"], "less than one row"),
         (["--num-shards=0"], "or -1"),
@@ -107,6 +108,11 @@ def no_column(folder):
     write(folder, "c.txt", "fine")
 
 
+def nested(folder):
+    write(folder, "a.jsonl", '{"text": "fine"}\n' + "[" * 100_000 + "\n")
+    write(folder, "b.jsonl", '{"text": "fine"}\n')
+
+
 def latin(folder):
     write(folder, "b.txt", "fine")
     (folder / "a.txt").write_bytes("naïve".encode("latin-1"))
@@ -126,6 +132,7 @@ def short_validation(folder):
         (broken_jsonl, ["a.jsonl line 2", "b.jsonl line 2"]),
         (broken_parquet, ["a.parquet", "not a whole parquet"]),
         (no_column, ["a.parquet has no column `text` (it has: words)", "b.parquet", "int64, not strings"]),
+        (nested, ["a.jsonl line 2"]),
         (latin, ["a.txt", "not UTF-8"]),
         (short_validation, ["--seq-len 64", "smaller"]),
     ],
@@ -203,11 +210,11 @@ def test_source_files_that_are_not_utf8_are_skipped_and_counted(own_cache, tmp_p
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     (tmp_path / "odd.py").write_bytes(b"# -*- coding: latin-1 -*-\nname = 'na\xefve'\n")
     files = [tmp_path / name for name in ("a.py", "odd.py")]
-    made = prepare.Corpus(files, [tmp_path / "b.py"], "three files", skip_undecodable=True)
+    made = prepare.Corpus(files, [tmp_path / "b.py"], "three files", skip_unreadable=True)
     monkeypatch.setattr(prepare, "source_corpus", lambda: made)
     status, out, error = run(capsys, "--corpus=source", *SMALL)
     assert status == 0, error
-    assert "1 file(s) are not UTF-8 and were skipped" in out
+    assert "1 file(s) are not readable as UTF-8 and were skipped" in out
 
 
 # -----------------------------------------------------------------------------
@@ -244,6 +251,15 @@ def test_a_token_has_the_length_of_its_own_bytes(cache):
     assert lengths[-4:].tolist() == [0, 0, 0, 0]
     text = "Ada paints the clock — naïvely!"
     assert sum(lengths[i].item() for i in tokenizer.encode(text)) == len(text.encode())
+
+
+@pytest.mark.parametrize("run", [" ", "a", "ab", "\n", "=", "日"])
+def test_long_runs_take_seconds_and_come_back(cache, run):
+    """A regular expression without end, or a square: a million spaces broke the one, letters took the other."""
+    text = f"before {run * 300_000} after"
+    tokenizer = prepare.Tokenizer.from_directory()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.encode_document(text).tolist()[1:] == ids
 
 
 def test_vocabulary_of_260_is_the_bytes():
@@ -322,7 +338,7 @@ def test_every_file_damaged_or_missing_is_found_and_mended(own_cache, corpus, ca
             for bad in (bytes(damaged), content[:place], None):
                 path = own_cache / name
                 path.unlink() if bad is None else path.write_bytes(bad)
-                forget()
+                prepare.forget_cache()
                 with pytest.raises(prepare.PrepareError, match=r"uv run prepare\.py") as caught:
                     prepare.Tokenizer.from_directory()
                 assert "\n" not in str(caught.value)
@@ -338,10 +354,61 @@ def test_a_cache_of_another_layout_is_named(own_cache, corpus, capsys, monkeypat
     with pytest.raises(prepare.PrepareError, match="older layout"):
         prepare.Tokenizer.from_directory()
     assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
+    before = stamps(own_cache)
     monkeypatch.setattr(prepare, "LAYOUT", prepare.LAYOUT + 1)
-    forget()
+    prepare.forget_cache()
     with pytest.raises(prepare.PrepareError, match=r"has layout 1, this prepare.py wants 2: run `uv run prepare.py"):
         prepare.Tokenizer.from_directory()
+    assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
+    prepare.Tokenizer.from_directory()
+    assert not set(stamps(own_cache)) & (set(before) - {"manifest.json", "tokenizer"})  # nothing old is used
+
+
+def test_a_step_that_was_done_before_a_kill_is_not_done_again(own_cache, corpus, capsys, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "put_in_force", killed)
+        assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 130
+    path = next(own_cache.glob("val-*.bin"))
+    path.write_bytes(path.read_bytes()[:-2] + b"xx")  # and damage is found here too
+    status, out, _ = run(capsys, f"--corpus={corpus}", *SMALL)
+    assert status == 0
+    states = {
+        line.split()[0]: line.split(", ")[-1] for line in out.splitlines() if "made in" in line or "up to" in line
+    }
+    assert states["tokenizer"] == states["train"] == "up to date" and states["val"].startswith("made in")
+
+
+def test_a_cache_without_its_manifest_is_made_anew(own_cache, corpus, capsys):
+    assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
+    good = {path.name: path.read_bytes() for path in own_cache.glob("[!.]*")}
+    path = next(own_cache.glob("train-*.bin"))
+    path.write_bytes(bytes(len(good[path.name])))
+    (own_cache / "manifest.json").unlink()
+    assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
+    assert {path.name: path.read_bytes() for path in own_cache.glob("[!.]*")} == good
+
+
+def test_a_run_keeps_its_files_when_another_prepare_replaces_them(own_cache, corpus, capsys):
+    assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
+    prepare.start_run()
+    before = prepare.read_tokens("val")[0][:100].tolist()
+    again = run_python("prepare.py", f"--corpus={corpus}", *SMALL, "--vocab-size=300", cache=own_cache)
+    assert again.returncode == 0
+    tokenizer = prepare.Tokenizer.from_directory()
+    assert tokenizer.get_vocab_size() == 400 == len(prepare.get_token_bytes())
+    assert prepare.evaluate_bpb(lambda x: prepare.torch.zeros(*x.shape, 400), tokenizer, 16) > 0
+    assert prepare.read_tokens("val")[0][:100].tolist() == before
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_cache_that_may_not_be_read_is_said(cache, tmp_path):
+    locked = shutil.copytree(cache, tmp_path / "locked")
+    next(locked.glob("train-*.bin")).chmod(0)
+    done = run_python("train.py", cache=locked)
+    assert done.returncode == 1 and "can't be read" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_train_says_what_mends_a_cache_before_it_trains(tmp_path, corpus, cache):
@@ -366,7 +433,7 @@ def child(die):
         os._exit(prepare.main(sys.argv[1:]))
     killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     try:
-        prepare.load_manifest.cache_clear(), prepare.open_cache.cache_clear()
+        prepare.forget_cache()
         return killed, bool(prepare.open_cache(prepare.cache_dir()))
     except prepare.PrepareError:
         return killed, False
@@ -398,9 +465,10 @@ def test_killed_at_any_file_it_is_never_taken_for_whole_and_goes_on(tmp_path, co
     done = run_python("-c", KILLER, f"--corpus={corpus}", *SMALL, cache=tmp_path / "cache")
     states = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("state")]
     half, whole = ["True", "False", "False", "True", "0"], ["True", "True", "False", "True", "0"]
-    expected = {(str(n), moment): half for n in range(1, 7) for moment in ("before", "after")}
-    expected["6", "after"] = whole  # the manifest comes last: tokenizer, two files a split, manifest
-    expected["7", "before"] = expected["7", "after"] = ["False", "True", "False", "True", "0"]
+    # tokenizer, two files a split, after each of the three steps the note of what is done, and last the manifest
+    expected = {(str(n), moment): half for n in range(1, 10) for moment in ("before", "after")}
+    expected["9", "after"] = whole
+    expected["10", "before"] = expected["10", "after"] = ["False", "True", "False", "True", "0"]
     assert {(n, moment): rest for n, moment, *rest in states} == expected, done.stderr
 
 

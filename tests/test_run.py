@@ -82,8 +82,28 @@ def test_a_changed_train_py_has_no_commit_to_its_name(project, session_cache, tm
     (folder / "train.py").write_text((folder / "train.py").read_text() + "\n# changed\n")
     done = train(folder, session_cache)
     before, after = done.stdout.split("\n---\n")
-    assert before.splitlines()[-1].startswith("warning: train.py")
+    assert before.splitlines()[-1].startswith("warning: train.py differs from its commit")
     assert block(done.stdout)["row"].startswith("-------\t"), after
+
+
+def test_a_run_over_its_time_has_no_commit_to_its_name(cache, monkeypatch, capsys):
+    import prepare
+
+    now = [100.0]
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(prepare, "started_from", ("abc1234", None))
+    facts = dict(mfu_percent=1, total_tokens=1, num_steps=1, num_params=1, depth=1, attention="sdpa")
+    prepare.report(1.0, **facts)
+    assert "the clock never ran" in capsys.readouterr().out
+    next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 1, 8, "train"))
+    now[0] += 5.9
+    prepare.report(1.0, **facts)
+    text = capsys.readouterr().out
+    assert "warning" not in text and block("\n" + text)["row"].startswith("abc1234\t")
+    now[0] += 0.5
+    prepare.report(1.0, **facts)
+    text = capsys.readouterr().out
+    assert "warning: training took 6.4 s of a budget of 5 s" in text and block("\n" + text)["row"].startswith("-------\t")
 
 
 DRIVER = """
