@@ -1312,7 +1312,7 @@ def peak_memory_mb():
 def device_name():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {torch.get_num_threads()} thread(s)"
 
 
 def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, attention):

@@ -681,7 +681,7 @@ def main():
         f"model: depth {k.DEPTH}, width {model_width(k)}, {params / 1e6:.1f} M parameters, "
         f"{flops / 1e6:.1f} MFLOPs a token"
     )
-    if math.isnan(peak):
+    if cuda and math.isnan(peak):
         print(f"MFU: nan, the peak of {prepare.device_name()} is not in PEAK_FLOPS")
 
     micro = warm_up(model, forward, optimizer, k, V, T, device)

@@ -61,17 +61,16 @@ class Clone:
     def run(self, seed=0, until="exit: "):
         self.sh(command("nohup").replace("SEED=0", f"SEED={seed}"))
         deadline = time.monotonic() + 90
-        look = command("sleep 45").replace("sleep 45", "sleep 0.3")
+        look = command("seq 50").replace("seq 50", "seq 1").replace("sleep 1", "sleep 0.3")
         while until not in self.sh(look, ok=False):
             assert time.monotonic() < deadline, self.sh("cat run.log")
         return self.sh(command("/^---$/"))
 
     def record(self, status, description):
-        done = command("s/^row: *//p").replace("keep", status).replace("width 576 instead of 512", description)
-        self.sh(done)
+        self.sh(command("s/^row: *//p").replace("STATUS", status).replace("DESCRIPTION", description))
 
     def record_crash(self, description):
-        self.sh(command("0.000000").replace("width 4096: out of memory", description))
+        self.sh(command("0.000000").replace("DESCRIPTION: why it crashed", description))
 
     def take_back(self):
         self.sh(command("tried/"))
@@ -79,9 +78,14 @@ class Clone:
     def rows(self):
         return [line.split("\t") for line in (self.folder / "results.tsv").read_text().splitlines()]
 
-    def bar(self):
-        """(best, M, n, keep below, simpler below)"""
-        return tuple(map(float, re.findall(r"\d+\.\d+|(?<= )\d+(?= d)", self.sh(command("awk")))))
+    def decide(self):
+        """((best, M, n, keep below, simpler below), what to do)"""
+        return bar_and_verdict(self.sh(command("margin M")))
+
+
+def bar_and_verdict(printed):
+    figures, verdict = printed.splitlines()
+    return tuple(map(float, re.findall(r"\d+\.\d+|(?<= )\d+(?= d)", figures))), verdict.split(": ")[-1]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,8 @@ def test_a_night_in_small(clone):
     assert clone.sh("git status --porcelain") == ""
     (clone.folder / "results.tsv").write_text("an earlier night")
     clone.sh(command("git switch -c"))
+    branch = clone.sh("git branch --show-current").strip()
+    assert re.fullmatch(r"autoresearch/\d{8}", branch)
     harness = re.search(r"harness ([0-9a-f]{12})$", clone.sh(command("open_cache")))[1]
     clone.sh(command("commit\\tval_bpb"))
     assert [p.read_text() for p in clone.folder.glob("results-until-*.tsv")] == ["an earlier night"]
@@ -114,7 +120,7 @@ def test_a_night_in_small(clone):
     scores = [float(row[1]) for row in clone.rows()[1:]]
     assert [row[0] for row in clone.rows()[1:]] == [baseline] * 3 and len(set(scores)) == 3
     M = 2 / 3 * (max(scores) - min(scores))
-    assert clone.bar() == pytest.approx((min(scores), M, 0, min(scores) - M, min(scores) + M), abs=2e-6)
+    assert clone.decide()[0] == pytest.approx((min(scores), M, 0, min(scores) - M, min(scores) + M), abs=2e-6)
 
     # One that is kept
     clone.edit("MATRIX_LR: float = 0.04", "MATRIX_LR: float = 0.03")
@@ -134,7 +140,7 @@ def test_a_night_in_small(clone):
     assert clone.sh("git rev-parse HEAD")[:7] == kept
     assert (clone.folder / "README.md").read_text() == "the human's own, not committed"
     clone.sh("git checkout -q README.md")
-    assert clone.bar()[2] == 1
+    assert clone.decide()[0][2] == 1
 
     # One that crashes
     clone.edit("HEAD_DIM=32", "HEAD_DIM=31")
@@ -164,14 +170,15 @@ def test_a_night_in_small(clone):
     assert clone.sh("git rev-parse HEAD")[:7] == baseline
     clone.run(100)
     clone.record("keep", "check, seed 100")
-    before = clone.bar()
-    clone.sh(command("git switch -q -\n"))
-    assert clone.bar() == before  # a check moves no bar
+    before = clone.decide()[0]
+    clone.sh(command('git switch -q "autoresearch/TAG').replace("autoresearch/TAG", branch))
+    assert clone.decide()[0] == before  # a check moves no bar
+    assert f"{baseline} {clone.rows()[-1][1]} (1 runs)" in clone.sh(command("runs"))
     assert clone.sh("git rev-parse HEAD")[:7] == kept
 
     # Picking up again, with everything but the files forgotten
     seen = clone.sh(command("git status -sb"))
-    assert "## autoresearch/nov22" in seen and "matrix lr 0.03" in seen and "check, seed 100" in seen
+    assert f"## {branch}" in seen and "matrix lr 0.03" in seen and "check, seed 100" in seen
 
     # After the night
     rows = clone.rows()
@@ -209,11 +216,34 @@ def test_a_night_in_small(clone):
 )
 def test_the_bar_by_hand(tmp_path, rows, expected):
     lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
+    (tmp_path / "run.log").write_text("---\nval_bpb:          1.0\n")
     lines += ["abc1234\t{}\t1.0\t{}\t{}".format(*row.split(" ")) for row in rows]
     (tmp_path / "results.tsv").write_text("\n".join(lines) + "\n")
-    done = subprocess.run(["bash", "-c", command("awk")], cwd=tmp_path, capture_output=True, text=True)
-    found = tuple(map(float, re.findall(r"\d+\.\d+|(?<= )\d+(?= d)", done.stdout)))
-    assert found == pytest.approx(expected, abs=1e-6), done.stderr
+    figures, _ = decided(tmp_path)
+    assert figures == pytest.approx(expected, abs=1e-6)
+
+
+def decided(folder):
+    done = subprocess.run(["bash", "-c", command("margin M")], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return bar_and_verdict(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("now", "verdict"),
+    [
+        ("0.995999", "keep"),
+        ("0.996000", "discard, unless it is simpler code"),
+        ("1.003999", "discard, unless it is simpler code"),
+        ("1.004001", "discard"),
+        ("10.00000", "discard"),
+    ],
+)
+def test_the_verdict_by_hand(tmp_path, now, verdict):
+    rows = "".join(f"abc1234\t{number}\t1.0\tkeep\tbaseline\n" for number in ("1.006000", "1.003000", "1.000000"))
+    (tmp_path / "results.tsv").write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + rows)
+    (tmp_path / "run.log").write_text(f"step 1\n---\nval_bpb:          {now}\ntraining_seconds: 5\nexit: 0\n")
+    assert decided(tmp_path) == (pytest.approx((1.0, 0.004, 0, 0.996, 1.004)), verdict)
 
 
 def test_no_command_can_lose_work():
@@ -221,5 +251,5 @@ def test_no_command_can_lose_work():
         for word in ("git clean", "--hard", "rm ", "git checkout", "timeout", "git push", "stash"):
             assert word not in text
     text = (ROOT / "program.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 165
+    assert len(text.splitlines()) <= 190
     assert "git status --porcelain` must print nothing" in text

@@ -103,7 +103,9 @@ def test_a_run_over_its_time_has_no_commit_to_its_name(cache, monkeypatch, capsy
     now[0] += 0.5
     prepare.report(1.0, **facts)
     text = capsys.readouterr().out
-    assert "warning: training took 6.4 s of a budget of 5 s" in text and block("\n" + text)["row"].startswith("-------\t")
+    assert "warning: training took 6.4 s of a budget of 5 s" in text and block("\n" + text)["row"].startswith(
+        "-------\t"
+    )
 
 
 DRIVER = """
