@@ -466,3 +466,19 @@ def test_runs_in_jupyter(tmp_path, files):
     assert ("jp-RenderedImage" in page.split("</head>")[1]) == bool(files)  # the head has styles of that name
     assert (tmp_path / "progress.png").exists() == bool(files)
     assert ("<th>keep rate</th>" in page) == bool(files)
+
+
+def test_a_real_evening(analyse):
+    """25 experiments of 60 seconds that an agent ran by program.md at laptop scale, on one core of a busy machine."""
+    variables, printed = analyse((NOTEBOOK.parent / "tests" / "evening.tsv").read_text(encoding="utf-8"))
+    rows = [line.split("\t") for line in (NOTEBOOK.parent / "tests" / "evening.tsv").read_text().splitlines()[1:]]
+    checks = {}
+    for commit, score, _, _, description in rows:
+        if description.startswith("check"):
+            checks.setdefault(commit, []).append(float(score))
+    assert [len(scores) for scores in checks.values()] == [3, 3]
+    outcomes = variables["outcomes"].loc["results.tsv"]
+    assert outcomes["experiments"] == len({row[0] for row in rows}) == 26  # the baseline and 25 ideas
+    assert outcomes["crash"] == 1 and "malformed" not in printed
+    baseline = [float(score) for commit, score, *_ in rows if commit == rows[0][0]]
+    assert len(baseline) == 6 and f"baseline {sum(baseline) / 6:.6f} (6 runs)" in printed
