@@ -476,7 +476,7 @@ def test_a_real_evening(analyse):
     for commit, score, _, _, description in rows:
         if description.startswith("check"):
             checks.setdefault(commit, []).append(float(score))
-    assert [len(scores) for scores in checks.values()] == [3, 3]
+    assert [len(scores) for scores in checks.values()] == [3, 3, 3]  # baseline, the branch half-way, the branch
     outcomes = variables["outcomes"].loc["results.tsv"]
     assert outcomes["experiments"] == len({row[0] for row in rows}) == 26  # the baseline and 25 ideas
     assert outcomes["crash"] == 1 and "malformed" not in printed
