@@ -79,7 +79,7 @@ TOKENIZER_CHARS = 100_000_000  # text the tokenizer learns from; twice as much c
 TOKENIZER_DOC_CHARS = 10_000  # of one document, so that no long one dominates
 
 DOCUMENT_CHARS = 4_000  # .txt and source files are cut into documents of about this length
-SOURCE_VAL_SHARE = 0.05  # of the characters of `--corpus source`
+SOURCE_VAL_SHARE = 0.05  # of the bytes of `--corpus source`
 BUFFER_DOCS = 1_000  # documents a row is packed from
 PREFETCH = 3  # batches made ahead
 
@@ -1672,13 +1672,12 @@ def parse_arguments(argv):
     add("--seq-len", type=whole(1), metavar="N", help=f"tokens a row ({by_scale['seq_len']})")
     add("--vocab-size", type=whole(260, 65_536), metavar="N", help=f"tokens known ({by_scale['vocab_size']})")
     add("--eval-tokens", type=whole(1), metavar="N", help=f"validation tokens scored ({by_scale['eval_tokens']})")
-    last = LAST_SHARD
     add(
         "--num-shards",
-        type=whole(1, last, also=-1),
+        type=whole(1, LAST_SHARD, also=-1),
         default=10,
         metavar="N",
-        help=f"training shards of climbmix, about 100 MB each, 1 to {last:,} or -1 for all (default 10)",
+        help=f"training shards of climbmix, about 100 MB each, 1 to {LAST_SHARD:,} or -1 for all (default 10)",
     )
     add("--download-workers", type=whole(1, 64), default=8, metavar="N", help="shards fetched at a time (default 8)")
     args = parser.parse_args(argv)

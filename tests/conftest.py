@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import prepare
 
@@ -70,6 +71,15 @@ def cache(session_cache, monkeypatch):
     """The prepared cache, in force for this test, which must not change it."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(session_cache))
     return session_cache
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and wait for it where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

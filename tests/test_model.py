@@ -20,13 +20,7 @@ WINDOWS = (0, 1, T // 2, T - 2, T - 1, T)
 FLOAT32 = dict(atol=1e-5, rtol=1e-5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and wait for it where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_model(k=TINY, attention=train.sdpa_attention):

@@ -18,13 +18,7 @@ V, T, CPU = 32, 8, torch.device("cpu")
 TINY = replace(train.FULL, DEPTH=2, ASPECT_RATIO=8, HEAD_DIM=8, VE_GATE_CHANNELS=8, TOTAL_BATCH=4 * T)  # width 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and wait for it where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(seed=0, k=TINY):
