@@ -86,7 +86,8 @@ PREFETCH = 3  # batches made ahead
 CAUSALITY_ROWS = 64  # validation rows on which the model's causality is checked, each at a place of its own
 CAUSALITY_ROWS_AT_ONCE = 16  # of a batch: their logits are kept for the comparison
 CAUSALITY_TOLERANCE = 1e-3  # logits; a leak under it is worth less than the noise of a seed
-RUN_GRACE = 300  # seconds beyond the budget, for start, compilation and evaluation, before the watchdog ends a run
+SCORED_AT_ONCE = 8  # rows of logits that are read together: fewer take more calls, more take more memory
+RUN_GRACE = 300  # seconds beyond the budget, before and again after the first batch, until the watchdog ends a run
 
 
 class PrepareError(Exception):
@@ -1159,7 +1160,7 @@ def batches(tokens, offsets, B, T, device):
             copied.synchronize()  # the copy to the GPU that may still read this buffer
         page = np.empty((B, T + 1), np.uint16)
         epoch = fill_rows(tokens, islice(rows, B), page)
-        stage = torch.empty((2, B, T), dtype=torch.int64, pin_memory=cuda) if stage is None else stage
+        stage = new_stage((2, B, T), pinned=cuda) if stage is None else stage
         stage.numpy()[0], stage.numpy()[1] = page[:, :-1], page[:, 1:]
         return stage, epoch
 
@@ -1169,14 +1170,24 @@ def batches(tokens, offsets, B, T, device):
         while True:
             stage, epoch = pending.popleft().result()
             if cuda:
-                x, y = stage.to(device, non_blocking=True)
-                copied = torch.cuda.Event()
-                copied.record()
+                (x, y), copied = copy_to_gpu(stage, device)
                 pending.append(pool.submit(fill, stage, copied))
             else:
                 x, y = stage
                 pending.append(pool.submit(fill, None, None))
             yield x, y, epoch
+
+
+def new_stage(shape, pinned):
+    return torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
+
+
+def copy_to_gpu(stage, device):
+    """Queue a copy of pinned memory on the GPU. Returns the copy, and an event that is over once it was made."""
+    copy = stage.to(device, non_blocking=True)
+    made = torch.cuda.Event(blocking=True)  # who waits for it sleeps, instead of keeping a core busy
+    made.record()
+    return copy, made
 
 
 # -----------------------------------------------------------------------------
@@ -1192,10 +1203,13 @@ class Clock:
 
     def __init__(self):
         self.started = self.stopped = None
+        self.limit = None  # seconds that are left to the process from the first batch on; start_run sets it
 
     def start(self):
         if self.started is None:
             self.started = time.monotonic()
+            if self.limit is not None:
+                watchdog(self.limit)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()  # what the warm-up tried is not what the run takes
         self.stopped = None
@@ -1277,7 +1291,8 @@ def start_run():
     Raises PrepareError before anything has been computed.
     """
     global started_from
-    watchdog(open_cache(cache_dir())["constants"]["TIME_BUDGET"] + RUN_GRACE)
+    clock.limit = open_cache(cache_dir())["constants"]["TIME_BUDGET"] + RUN_GRACE
+    watchdog(clock.limit)
     for split in ("train", "val"):
         read_tokens(split)  # open from now on: another prepare.py can't take the files away
     get_token_bytes()
@@ -1365,6 +1380,8 @@ def evaluate_bpb(model, tokenizer, batch_size):
     if device.type == "cuda":
         torch.cuda.synchronize()  # what still computes is training
     clock.stop()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # memory that training used goes back to what else takes some: libraries, kernels
     constants = open_cache(cache_dir())["constants"]
     T = constants["MAX_SEQ_LEN"]
     if clock.complaint():
@@ -1402,15 +1419,16 @@ def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
         x = torch.from_numpy(page[:, :-1].copy()).to(device)  # a copy of its own: y can't be reached through it
         y = torch.from_numpy(page[:, 1:].copy()).to(device)
         logits = checked_logits(model, x.clone(), V)
-        for row_logits, row_y in zip(logits[: len(batch)], y):  # row by row: the float32 copy stays small
-            loss = F.cross_entropy(row_logits.float(), row_y, reduction="none")  # (T,)
-            row_bytes = token_bytes[row_y]
-            nats += (loss.double() * (row_bytes > 0)).sum()
-            count += row_bytes.sum()
-        if start in checked:
-            which = sorted(dice.sample(range(batch_size), watched))
-            kept = logits[which].clone()  # the model may use its output's memory again
-            del logits, row_logits
+        parts = zip(logits[: len(batch)].split(SCORED_AT_ONCE), y[: len(batch)].split(SCORED_AT_ONCE))
+        for part, part_y in parts:  # a float32 copy of all the logits would be the most memory of the run
+            loss = F.cross_entropy(part.flatten(0, 1).float(), part_y.flatten(), reduction="none")  # (rows · T,)
+            n_bytes = token_bytes[part_y.flatten()]
+            nats += (loss.double() * (n_bytes > 0)).sum()
+            count += n_bytes.sum()
+        which = sorted(dice.sample(range(batch_size), watched))
+        kept = logits[which] if start in checked else None  # a copy: the model may use its output's memory again
+        del logits, part, parts  # before the next are made: twice their memory is more than training took
+        if kept is not None:
             check_causality(model, x, which, kept, V, dice)
     result = nats.item() / (math.log(2) * count.item())
     if not math.isfinite(result):
@@ -1425,7 +1443,8 @@ def checked_logits(model, x, V):
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point() or tuple(logits.shape) != wanted:
         got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise EvaluationError(f"model(x) must return floating-point logits of shape {wanted}, it returned {got}")
-    if not torch.stack([torch.isfinite(row).all() for row in logits]).all():
+    ends = [end for part in logits.split(SCORED_AT_ONCE) for end in part.aminmax()]  # NaN is both, read once
+    if not torch.stack(ends).isfinite().all():
         raise EvaluationError("model(x) returned logits that are not finite (NaN or infinity)")
     return logits
 

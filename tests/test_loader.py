@@ -1,11 +1,14 @@
 """The loader: packed as a slow and obvious packer packs, never stale, and gone when its process goes."""
 
+import queue
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import chain, islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,14 +150,63 @@ def test_ctrl_c_ends_it(cache):
     assert process.returncode == -signal.SIGINT and error.strip().endswith("KeyboardInterrupt")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_slow_copy_is_never_overtaken():
-    """With the GPU kept busy, batches are asked for far ahead of their copies: each must still arrive as it was."""
+# -----------------------------------------------------------------------------
+# Copies to a GPU, which are made later than they are asked for
+
+
+class Late:
+    """Stands for a GPU that has other work: copies are made in order, each a while after it was asked for."""
+
+    def __init__(self, seconds):
+        self.seconds, self.queue, self.copies = seconds, queue.Queue(), 0
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def work(self):
+        while True:
+            copy, stage, made = self.queue.get()
+            time.sleep(self.seconds)
+            copy.copy_(stage)
+            self.copies += 1
+            made.set()
+
+    def copy_to_gpu(self, stage, device):
+        assert device.type == "cuda"
+        copy, made = torch.full_like(stage, -1), threading.Event()
+        self.queue.put((copy, stage, made))
+        made.synchronize = made.wait
+        return copy, made
+
+
+def without_waiting(copy_to_gpu):
+    """The classic fault: the buffer is written again although its copy may be pending."""
+
+    def copy_and_forget(stage, device):
+        copy, _ = copy_to_gpu(stage, device)
+        return copy, SimpleNamespace(synchronize=lambda: None)
+
+    return copy_and_forget
+
+
+def arrives_as_packed(device, settle, steps=30):
+    """Whether batches asked for ahead of their copies arrive as a loader without copies makes them."""
     tokens, offsets = as_files(make_documents(3, 3000, 50))
-    expected = [x.clone() for x, _, _ in islice(prepare.batches(tokens, offsets, 32, 512, torch.device("cpu")), 40)]
-    loader = prepare.batches(tokens, offsets, 32, 512, torch.device("cuda"))
-    next(loader)
-    torch.cuda._sleep(2_000_000_000)  # about a second of clock ticks before any copy below
-    arrived = [next(loader)[0] for _ in range(39)]
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(arrived, expected[1:]))
+    expected = islice(prepare.batches(tokens, offsets, 8, 64, torch.device("cpu")), steps)
+    arrived = list(islice(prepare.batches(tokens, offsets, 8, 64, device), steps))
+    settle()
+    return all(
+        torch.equal(x.cpu(), x_then) and torch.equal(y.cpu(), y_then) and epoch == epoch_then
+        for (x, y, epoch), (x_then, y_then, epoch_then) in zip(arrived, expected)
+    )
+
+
+def settled(late, steps):
+    while late.copies < steps:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["as it is", "without waiting for the event"])
+def test_a_slow_copy_is_never_overtaken(monkeypatch, waits):
+    late = Late(0.02)
+    monkeypatch.setattr(prepare, "new_stage", lambda shape, pinned: torch.empty(shape, dtype=torch.int64))
+    monkeypatch.setattr(prepare, "copy_to_gpu", late.copy_to_gpu if waits else without_waiting(late.copy_to_gpu))
+    assert arrives_as_packed(torch.device("cuda"), lambda: settled(late, 30)) == waits

@@ -2,6 +2,7 @@
 
 import math
 import re
+import weakref
 from itertools import islice, pairwise
 
 import pytest
@@ -269,3 +270,18 @@ def test_islice_is_lazy_about_validation(tokenizer):
     """No more rows are packed than are scored."""
     _, offsets = prepare.read_tokens("val")
     assert len(list(islice(prepare.pack_rows(offsets, 64, forever=False), 64))) == 64
+
+
+def test_one_answer_is_held_at_a_time(tokenizer):
+    """Logits are the largest tensors of a run: two of them would take more memory than training did."""
+    answers, alive = [], []
+
+    class Counting(Model):
+        def forward(self, x):
+            alive.append(sum(answer() is not None for answer in answers))
+            logits = super().forward(x)
+            answers.append(weakref.ref(logits))
+            return logits
+
+    prepare.evaluate_bpb(Counting(tokenizer.get_vocab_size()), tokenizer, 4)
+    assert len(alive) > 16 and set(alive) == {0}

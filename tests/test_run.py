@@ -10,6 +10,8 @@ import time
 import pytest
 from conftest import ROOT, run_python
 
+import prepare
+
 BLOCK = (
     "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth "
     "seed attention device harness row"
@@ -151,6 +153,17 @@ prepare.RUN_GRACE = 3  # after a budget of 5 seconds
     done = run_python("-c", DRIVER, hang, cache=session_cache)
     assert done.returncode == 1 and time.monotonic() - started < 50
     assert "hang_here" in done.stderr and "Timeout" in done.stderr and "val_bpb" not in done.stdout
+
+
+def test_the_first_batch_gives_the_watchdog_its_full_time(cache, monkeypatch):
+    """A slow compiler, before it, takes nothing from the training and evaluation that follow."""
+    limits = []
+    monkeypatch.setattr(prepare, "watchdog", limits.append)
+    prepare.start_run()
+    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 2, 64, "train")
+    for _ in range(3):
+        next(loader)
+    assert limits == [prepare.TIME_BUDGET + prepare.RUN_GRACE] * 2
 
 
 def test_a_seed_that_is_none_is_refused(session_cache):
