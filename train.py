@@ -64,7 +64,7 @@ class Knobs:
     # Schedule and sizes
     WARMDOWN: float = 0.5  # last share of the time, in which the learning rate falls to 0
     TOTAL_BATCH: int = 2**19  # tokens a step
-    MAX_MICRO_BATCH: int = 128  # rows at once; fewer where these don't fit the memory, the step stays as it is
+    MAX_MICRO_BATCH: int = 64  # rows at once; fewer where these don't fit the memory, the step stays as it is
 
 
 FULL = Knobs()
@@ -122,10 +122,22 @@ FLASH3 = "kernels-community/flash-attn3"
 
 
 def flash3_attention():
-    """FlashAttention-3 from the kernel hub, or the build that LOCAL_KERNELS names. Raises whatever keeps it away."""
-    from kernels import get_kernel
+    """FlashAttention-3: the build that LOCAL_KERNELS names, else the one of an earlier run, else the kernel hub's.
 
-    flash = get_kernel(FLASH3, version=1, trust_remote_code=[FLASH3])  # without `version` the library refuses
+    Raises whatever keeps it away. An earlier run's needs no network, so that a night has one kernel from end to end.
+    """
+    import requests
+    from kernels import get_kernel, get_local_kernel, install_kernel
+
+    wanted = dict(revision="v1", trust_remote_code=[FLASH3])  # without a revision the library refuses
+    try:
+        if "LOCAL_KERNELS" in os.environ:
+            raise FileNotFoundError
+        flash = get_local_kernel(install_kernel(FLASH3, local_files_only=True, **wanted))
+    except FileNotFoundError:
+        if "LOCAL_KERNELS" not in os.environ:  # behind a firewall that answers nothing the library waits for minutes
+            requests.head(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", timeout=5)
+        flash = get_kernel(FLASH3, **wanted)
 
     def attention(q, k, v, window):
         out = flash.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
@@ -142,8 +154,11 @@ def pick_attention(T, windows, head_dim, device):
     if major in (8, 9):
         try:
             attention = flash3_attention()
+            # Some builds load and then fail, or would break the compiled model in pieces
+            trial = torch.compile(attention, dynamic=False, fullgraph=True)
             q = torch.randn(1, 128, 1, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-            attention(q, q, q, 64).sum().backward()  # some builds load and then fail
+            trial(q, q, q, 64).sum().backward()
+            torch.cuda.synchronize()
             return "fa3", attention, "FlashAttention-3 from the kernel hub"
         except Exception as error:  # the hub away, no build for this PyTorch, a broken import: all leave the next one
             reason = f"no FlashAttention-3 ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
@@ -210,9 +225,10 @@ class Attention(nn.Module):
         if ve is not None:  # value residual, from a table of its own (ResFormer, arXiv 2410.17897)
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, H_kv), 1 at the start
             v = v + gate.unsqueeze(-1) * ve.view(v.shape)
-        # QK-norm (arXiv 2302.05442). Back to the type of the projections: the kernels want 16 bits, and cos is float32
+        # QK-norm (arXiv 2302.05442). A rotation keeps the norm, so either may come first; this way the compiler makes
+        # one pass of both. Back to the type of the projections: the kernels want 16 bits, and cos is float32
         kernel_type = q.dtype
-        q, k, v = (t.to(kernel_type) for t in (norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin)), v))
+        q, k, v = (t.to(kernel_type) for t in (rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v))
         y = self.attention(q, k, v, window)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))
 
@@ -489,28 +505,34 @@ def set_schedules(optimizer, k, progress, step):
 # -----------------------------------------------------------------------------
 # Accounting
 
-# Dense bfloat16 peaks in FLOP/s with float32 accumulation, from NVIDIA's data sheets. The first whose words stand in
-# the device's name counts.
-PEAK_FLOPS = (
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("A10", 125e12),
-    ("RTX 5090", 209e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
+# Dense bfloat16 peaks with float32 accumulation: a pattern of the device's name, TFLOP/s, where NVIDIA says so (half of
+# a figure that is given for 2:4 sparsity). The first pattern that is found in the name counts.
+PEAK_TFLOPS = (
+    (r"\bB200\b", 2250, "HGX B200 data sheet"),
+    (r"\bGH200\b", 989, "GH200 data sheet"),
+    (r"\bH200 NVL\b", 835, "H200 data sheet"),
+    (r"\bH200\b", 989, "H200 data sheet"),
+    (r"\bH100 PCIe\b", 756, "H100 data sheet"),
+    (r"\bH100 NVL\b", 835, "H100 data sheet"),
+    (r"\bH100\b", 989, "H100 data sheet, SXM5"),
+    (r"\bA100\b", 312, "A100 data sheet"),
+    (r"\bA30\b", 165, "A30 data sheet"),
+    (r"\bA10\b", 125, "A10 data sheet"),
+    (r"\bL40S\b", 362, "L40S data sheet"),
+    (r"\bL40\b", 181, "L40 data sheet"),
+    (r"\bL4\b", 121, "L4 data sheet"),
+    (r"\bRTX A6000$", 155, "GA102 white paper, appendix"),
+    (r"\bRTX 5090$", 209, "RTX Blackwell white paper, appendix"),
+    (r"\bRTX 4090$", 165, "Ada white paper, appendix"),
+    (r"\bRTX 3090$", 71, "GA102 white paper, appendix"),
 )
 
 
 def peak_flops(device):
-    """FLOP/s at the most of the GPU at hand; nan for a CPU and for a GPU that is not in the table."""
+    """FLOP/s at the most of the GPU at hand; nan for a CPU, a GPU that is not in the table and a part of one (MIG)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS if re.search(rf"\b{part}\b", name)), math.nan)
+    found = (peak * 1e12 for pattern, peak, _ in PEAK_TFLOPS if re.search(pattern, name))
+    return math.nan if "MIG" in name else next(found, math.nan)
 
 
 def flops_per_token(model, k, T):
@@ -587,6 +609,13 @@ def train_step(forward, optimizer, batch, micro_steps):
     return total
 
 
+def is_out_of_memory(error):
+    """Whether a RuntimeError is of the GPU's memory: the allocator's own, or one of a library's or the compiler's."""
+    says = str(error).lower()
+    signs = ("out of memory", "outofmemory", "alloc_failed", "cublas_status_not_initialized")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in says for sign in signs)
+
+
 def warm_up(model, forward, optimizer, k, vocab_size, T, device):
     """Compile, allocate and find the micro-batch, on random tokens, off the clock; then all is as it was.
 
@@ -613,11 +642,12 @@ def warm_up(model, forward, optimizer, k, vocab_size, T, device):
                     forward(tokens[0])
                 model.train()
             return micro
-        except RuntimeError as error:  # libraries that run out of memory raise their own kind
-            if not isinstance(error, torch.cuda.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             if smaller:
                 print(f"{micro} rows at once are out of memory, trying {smaller}", flush=True)
+        gc.collect()  # an error's traceback holds tensors in circles
         torch.cuda.empty_cache()
         torch.compiler.reset()  # each size is compiled anew, and after eight the compiler would give up in silence
     raise TrainingError("out of GPU memory with one row at a time: make the model smaller")
@@ -656,6 +686,16 @@ def train(forward, optimizer, loader, k, micro_steps, vocab_size, flops, peak):
 # Main
 
 
+def compiler():
+    """torch.compile as a run wants it: for the shapes it meets, each of them, and kept for the next run."""
+    torch._dynamo.config.recompile_limit = 64  # shapes of one function, 8 by default: the rest would run uncompiled
+    # PyTorch 2.9 compiles this anew in every run, later releases do not. (The value is a part of the cache's key.)
+    torch._inductor.config.unsafe_marked_cacheable_functions = {
+        "torch.ops.higher_order.flex_attention_backward": torch.__version__
+    }
+    return partial(torch.compile, dynamic=False)
+
+
 def main():
     device = prepare.start_run()
     k, T = KNOBS[prepare.SCALE], prepare.MAX_SEQ_LEN
@@ -665,7 +705,7 @@ def main():
     if cuda:  # read at the first allocation: segments that grow waste less. PyTorch 2.9 heeds only this older name
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch.set_float32_matmul_precision("high")
-    compiled = (lambda f: torch.compile(f, dynamic=False)) if cuda else (lambda f: f)
+    compiled = compiler() if cuda else (lambda function: function)
 
     name, attention, reason = pick_attention(T, layer_windows(k, T), k.HEAD_DIM, device)
     print(f"attention: {name} ({reason})")
@@ -682,7 +722,7 @@ def main():
         f"{flops / 1e6:.1f} MFLOPs a token"
     )
     if cuda and math.isnan(peak):
-        print(f"MFU: nan, the peak of {prepare.device_name()} is not in PEAK_FLOPS")
+        print(f"MFU: nan, the peak of {prepare.device_name()} is not in PEAK_TFLOPS")
 
     micro = warm_up(model, forward, optimizer, k, V, T, device)
     print(f"batch: {k.TOTAL_BATCH:,} tokens a step, {micro} rows of {T} at once", flush=True)

@@ -2,12 +2,15 @@
 
 import json
 import math
+import socket
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import run_python
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -111,15 +114,20 @@ def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descal
 """
 
 
-@pytest.fixture(params=["out", "(out, score.logsumexp(-1))"], ids=["tensor", "tuple"])
-def flash3(request, tmp_path, monkeypatch):
-    """flash3_attention() on a local kernel package, as the hub's would be found: no hub, no GPU."""
-    variant = tmp_path / "build" / "torch-universal"
+def write_kernel(folder, returned):
+    """A kernel package of the hub's layout, for every PyTorch and device."""
+    variant = folder / "build" / "torch-universal"
     variant.mkdir(parents=True)
     metadata = {"name": "flash-attn3", "id": "flash_attn3_for_tests", "version": 1, "license": "BSD-3-Clause"}
     metadata |= {"python-depends": [], "backend": {"type": "cpu"}}
     (variant / "metadata.json").write_text(json.dumps(metadata))
-    (variant / "__init__.py").write_text(FLASH_ATTN_FUNC.replace("RETURNED", request.param))
+    (variant / "__init__.py").write_text(FLASH_ATTN_FUNC.replace("RETURNED", returned))
+
+
+@pytest.fixture(params=["out", "(out, score.logsumexp(-1))"], ids=["tensor", "tuple"])
+def flash3(request, tmp_path, monkeypatch):
+    """flash3_attention() on a local kernel package, as the hub's would be found: no hub, no GPU."""
+    write_kernel(tmp_path, request.param)
     monkeypatch.setenv("LOCAL_KERNELS", f"{train.FLASH3}={tmp_path}")
     return train.flash3_attention()
 
@@ -129,6 +137,39 @@ def test_flash3_attention_forward_and_backward(flash3, n_kv_head):
     for window in WINDOWS:
         # bfloat16 keeps 8 bits: inside the kernel all is float64, its results are rounded once
         check(flash3, n_kv_head, window, dict(atol=1e-4, rtol=2**-8), dtype=torch.bfloat16)
+
+
+LOAD = """
+import torch, train
+q = torch.randn(1, 4, 1, 8, dtype=torch.bfloat16)
+try:
+    print(tuple(train.flash3_attention()(q, q, q, 2).shape))
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def load_flash3(folder, **environment):
+    """What LOAD prints in a process of its own, in which the hub can't be reached."""
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "KERNELS_CACHE": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return run_python("-c", LOAD, **{**nobody, **environment}).stdout.strip()
+
+
+def test_an_earlier_runs_kernel_needs_no_network(tmp_path):
+    assert load_flash3(tmp_path) == "ConnectionError"
+    commit, downloaded = "0" * 40, tmp_path / "kernels--kernels-community--flash-attn3"
+    write_kernel(downloaded / "snapshots" / commit, "out")
+    (downloaded / "refs").mkdir()
+    (downloaded / "refs" / "v1").write_text(commit)
+    assert load_flash3(tmp_path) == "(1, 4, 1, 8)"
+
+
+def test_a_firewall_that_answers_nothing_costs_seconds(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert load_flash3(tmp_path, HF_ENDPOINT=endpoint) == "ReadTimeout"
+        assert time.monotonic() - started > 5  # it was the time limit that ended it
 
 
 def test_autocast_gives_the_kernel_bfloat16(flash3):

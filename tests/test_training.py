@@ -126,12 +126,12 @@ def test_a_step_that_is_no_whole_number_of_rows(total, wanted):
         train.warm_up(model, model, optimizer, replace(TINY, TOTAL_BATCH=total), V, T, CPU)
 
 
-def with_memory_for(model, fits):
+def with_memory_for(model, fits, error=torch.cuda.OutOfMemoryError("as the allocator says it")):  # noqa: B008
     """The model on a GPU that holds that many rows at once."""
 
     def forward(x, y=None):
         if len(x) > fits:
-            raise torch.cuda.OutOfMemoryError(f"{len(x)} rows")
+            raise error
         return model(x, y)
 
     return forward
@@ -152,6 +152,29 @@ def test_the_step_stays_whole_whatever_fits(rows, most, fits):
     k = replace(TINY, TOTAL_BATCH=rows * T, MAX_MICRO_BATCH=most)
     micro = train.warm_up(model, with_memory_for(model, fits), optimizer, k, V, T, CPU)
     assert micro <= min(most, fits) and rows % micro == 0
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "No valid triton configs. OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: out of memory",
+    ],
+)
+def test_libraries_run_out_of_memory_in_their_own_words(says):
+    model, optimizer = make()
+    forward = with_memory_for(model, 2, RuntimeError(says))
+    assert train.warm_up(model, forward, optimizer, TINY, V, T, CPU) == 2
+
+
+def test_another_error_is_not_taken_for_too_little_memory():
+    model, optimizer = make()
+    forward = with_memory_for(model, 2, RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        train.warm_up(model, forward, optimizer, TINY, V, T, CPU)
 
 
 def test_too_little_memory_for_one_row():
@@ -227,8 +250,15 @@ def test_peak_flops_of_a_cpu_is_nan():
         ("NVIDIA A100-SXM4-40GB", 312),
         ("NVIDIA L40S", 362),
         ("NVIDIA L4", 121),
-        ("NVIDIA L40", math.nan),
+        ("NVIDIA L40", 181),
         ("NVIDIA A10G", math.nan),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", math.nan),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", math.nan),
+        ("NVIDIA GeForce RTX 3090 Ti", math.nan),
         ("NVIDIA GeForce GTX 1080", math.nan),
     ],
 )
@@ -288,3 +318,16 @@ def test_nothing_is_compiled_after_the_warm_up():
     with torch.no_grad():
         forward(torch.randint(V, (micro, T)))
     assert (dict(counters["stats"]), dict(counters["frames"])) == before
+
+
+def test_many_shapes_are_all_compiled(monkeypatch):
+    """PyTorch gives up in silence after eight shapes of one function, and the optimizer has one function for all."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # put back afterwards
+    torch._dynamo.reset()
+    compiled = train.compiler()(lambda x: x + 1, backend="eager")
+    before = counters["stats"]["unique_graphs"]
+    for n in range(1, 21):
+        compiled(torch.zeros(n))
+    assert counters["stats"]["unique_graphs"] - before == 20
