@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import run_python
 from test_loader import arrives_as_packed, without_waiting
-from test_training import make, same, snapshot, use
+from test_training import agree, learning_curve, make, same, snapshot, use
 
 import prepare
 import train
@@ -223,43 +223,14 @@ def test_the_full_model_fits_itself_to(gigabytes):
 # -----------------------------------------------------------------------------
 # Precision
 
-V = 512
-SMALL = replace(train.FULL, DEPTH=4, HEAD_DIM=64, ASPECT_RATIO=64, TOTAL_BATCH=16 * T, MAX_MICRO_BATCH=16)
-
-
-def sentences(seed):
-    """Rows that can be learned: each token is a fixed function of the last two, one time in ten of chance."""
-    dice = torch.Generator().manual_seed(seed)
-    follow = torch.randint(V, (V, V), generator=torch.Generator().manual_seed(0))
-    while True:
-        x = torch.randint(V, (16, T + 1), generator=dice)
-        chance = torch.rand(16, T + 1, generator=dice) < 0.1
-        for t in range(2, T + 1):
-            x[:, t] = torch.where(chance[:, t], x[:, t], follow[x[:, t - 1] % 16, x[:, t - 2] % 16])
-        yield x[:, :-1].to(CUDA), x[:, 1:].to(CUDA)
-
-
-def losses(steps, attention):
-    torch.manual_seed(0)
-    with CUDA:
-        model = train.GPT(SMALL, V, T, attention)
-    optimizer, batches = train.make_optimizer(model, SMALL), sentences(1)
-    curve = []
-    for step in range(steps):
-        train.set_schedules(optimizer, SMALL, step / steps, step)
-        curve.append(train.train_step(model, optimizer, lambda: next(batches), 1).item())
-    return torch.tensor(curve)
-
 
 def test_sixteen_bits_learn_as_32_do(monkeypatch):
-    """300 steps in bfloat16 and in float32: the mean loss of the last 50 agrees to 2 % of what was learned."""
-    half = losses(300, train.sdpa_attention)
+    """The model of four layers and width 256 in bfloat16, as a run has it, and in float32: see test_training.py."""
+    k = replace(train.FULL, DEPTH=4, HEAD_DIM=64, TOTAL_BATCH=16 * 256)
+    half = learning_curve(k, 512, 256, 300, CUDA, tables=torch.bfloat16)
     monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
-    full = losses(300, train.sdpa_attention)
-    learned = math.log(V) - full[-50:].mean().item()
-    print(f"bfloat16 {half[-50:].mean():.4f}, float32 {full[-50:].mean():.4f}, learned {learned:.3f} nats")
-    assert not torch.equal(half, full) and learned > 1
-    assert abs(half[-50:].mean() - full[-50:].mean()) < 0.02 * learned
+    full = learning_curve(k, 512, 256, 300, CUDA)
+    agree(half, full, 512)
 
 
 # -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 
 import pytest
 from conftest import ROOT, run_python
@@ -77,6 +78,21 @@ def test_redirected_output_is_short_whole_lines(finished):
     assert finished.stderr == ""
     steps = [line for line in finished.stdout.splitlines() if line.startswith("step")]
     assert steps and all("loss" in line for line in steps)
+
+
+def test_two_worktrees_run_at_once_on_one_cache(project, session_cache, tmp_path):
+    other = tmp_path / "other"
+    subprocess.run(["git", "-C", project, "worktree", "add", "-q", "-b", "agent2", other], check=True)
+    text = (other / "train.py").read_text()
+    (other / "train.py").write_text(text.replace("DEPTH=2", "DEPTH=1"))
+    commit(other, "one layer")
+    before = {path: path.stat().st_mtime_ns for path in session_cache.iterdir()}
+    with ThreadPool(2) as pool:
+        runs = pool.starmap(train, [(project, session_cache), (other, session_cache)])
+    one, two = (block(run.stdout) for run in runs)
+    assert (one["depth"], two["depth"]) == ("2", "1") and one["harness"] == two["harness"]
+    assert one["row"].split("\t")[0] != two["row"].split("\t")[0]
+    assert {path: path.stat().st_mtime_ns for path in session_cache.iterdir()} == before
 
 
 def test_a_changed_train_py_has_no_commit_to_its_name(project, session_cache, tmp_path):

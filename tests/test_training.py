@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -232,6 +233,58 @@ def test_a_loss_that_explodes_ends_the_run_and_says_at_which_step(monkeypatch, f
 
 def test_a_bad_loss_below_the_limit_does_not_end_it(monkeypatch):
     losses(monkeypatch, spoil=lambda n, loss: loss * 1.5)
+
+
+# -----------------------------------------------------------------------------
+# Precision
+
+
+def sentences(V, T, rows):
+    """Batches that can be learned: nine tokens of ten follow from the two before them."""
+    dice = torch.Generator().manual_seed(1)
+    follow = torch.randint(V, (16, 16), generator=dice)
+    while True:
+        x = torch.randint(V, (rows, T + 1), generator=dice)
+        chance = torch.rand(rows, T + 1, generator=dice) < 0.1
+        for t in range(2, T + 1):
+            x[:, t] = torch.where(chance[:, t], x[:, t], follow[x[:, t - 1] % 16, x[:, t - 2] % 16])
+        yield x[:, :-1], x[:, 1:]
+
+
+def learning_curve(k, V, T, steps, device, tables=torch.float32, around=nullcontext):
+    """The loss of each step, with the token tables held in that type and each pass inside `around()`."""
+    torch.manual_seed(0)
+    with device:
+        model = train.GPT(k, V, T, train.sdpa_attention)
+    for table in (model.wte, *model.value_embeds.values()):
+        table.to(tables)
+    optimizer, batches, curve = train.make_optimizer(model, k), sentences(V, T, k.TOTAL_BATCH // T), []
+
+    def forward(x, y):
+        with around():
+            return model(x.to(device), y.to(device))
+
+    for step in range(steps):
+        train.set_schedules(optimizer, k, step / steps, step)
+        curve.append(train.train_step(forward, optimizer, lambda: next(batches), 1).item())
+    return curve
+
+
+def agree(half, full, V):
+    """The mean loss of the last 50 steps agrees to 2 % of what was learned, and more than 1 nat was."""
+    ends = [sum(curve[-50:]) / 50 for curve in (half, full)]
+    learned = math.log(V) - ends[1]
+    print(f"bfloat16 {ends[0]:.4f}, float32 {ends[1]:.4f}, learned {learned:.3f} nats")
+    assert half != full and learned > 1
+    assert abs(ends[0] - ends[1]) < 0.02 * learned
+
+
+def test_sixteen_bits_learn_as_32_do():
+    """300 steps as a GPU takes them, autocast and tables in bfloat16, against float32."""
+    k = replace(TINY, ASPECT_RATIO=32, HEAD_DIM=32, TOTAL_BATCH=16 * 32)
+    full = learning_curve(k, 64, 32, 300, CPU)
+    half = learning_curve(k, 64, 32, 300, CPU, torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16))
+    agree(half, full, 64)
 
 
 # -----------------------------------------------------------------------------
