@@ -151,6 +151,8 @@ def pick_attention(T, windows, head_dim, device):
     if device.type != "cuda":
         return "sdpa", sdpa_attention, "exact mask: there is no CUDA GPU"
     major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return "sdpa", sdpa_attention, f"exact mask: nothing compiles bfloat16 for compute capability {major}.{minor}"
     if major in (8, 9):
         try:
             attention = flash3_attention()

@@ -188,6 +188,15 @@ def test_pick_attention_on_a_cpu():
     assert name == "sdpa" and attention is train.sdpa_attention
 
 
+@pytest.mark.parametrize("capability, name", [((7, 5), "sdpa"), ((10, 0), "flex"), ((12, 0), "flex")])
+def test_pick_attention_by_compute_capability(monkeypatch, capability, name):
+    """FlashAttention-3 is for 8 and 9 alone: on consumer Blackwell, 12.0, it loads and then dies."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(train, "flex_attention_for", lambda *_: "flex's")
+    picked, _, reason = train.pick_attention(T, WINDOWS, 16, torch.device("cuda"))
+    assert picked == name and "{}.{}".format(*capability) in reason
+
+
 @pytest.mark.parametrize(
     "error", [OSError("the hub is away\nsecond line"), ImportError()], ids=["a message", "no message"]
 )
