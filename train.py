@@ -690,6 +690,7 @@ def train(forward, optimizer, loader, k, micro_steps, vocab_size, flops, peak):
 
 def compiler():
     """torch.compile as a run wants it: for the shapes it meets, each of them, and kept for the next run."""
+    os.environ.setdefault("USER", str(os.getuid()))  # names its cache; a container's user may have none: an error
     torch._dynamo.config.recompile_limit = 64  # shapes of one function, 8 by default: the rest would run uncompiled
     # PyTorch 2.9 compiles this anew in every run, later releases do not. (The value is a part of the cache's key.)
     torch._inductor.config.unsafe_marked_cacheable_functions = {

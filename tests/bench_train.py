@@ -1,0 +1,123 @@
+"""Speed and memory of train.py files, side by side on this machine. By hand, after `uv run prepare.py`:
+
+    uv run tests/bench_train.py                              train.py: its first run and its second
+    uv run tests/bench_train.py old/train.py train.py        two of them in turns, to compare
+    uv run tests/bench_train.py --seconds 40 --rounds 3 …    the default
+
+Each run is a whole one, with the data, clock and evaluation of the harness, on a budget of --seconds. A file's first
+run starts from an empty compiler cache, the later ones from what it left. Printed for each file: the median of the
+tokens a second, MFU, peak memory, and the seconds outside the budget: until the first batch, and from the last step to
+the end, first run and median of the later ones.
+
+Floors of a step, 2^19 tokens of the full model at depth 8, on an H100 (790 TFLOP/s on random bfloat16, 3.0 TB/s).
+Operations are counted by hand; bytes as torch.compile of PyTorch 2.9.1 plans its kernels for compute capability 9.0,
+each tensor once a kernel. Worked out without a GPU: a prediction to hold a profile against, no measurement.
+
+    stage                                         TFLOP     GB    ms: operations   bytes   the larger of each kernel
+    matrices of the blocks                         79.2    236            100       79     102
+    head                                           13.2     27             17        9      17
+    attention, windows as they are, 5/2 backward   25.0     52             32       17      32
+    soft-cap and loss, backward with them                   26                       9       9
+    ReLU² and its backward                                  86                      29      29
+    norms, rotary, residuals, value embeddings             163                      54      54
+    together                                                                               243
+
+That is 2.2 M tokens/s, 1.30 times the original's 1.67. Where the aim of 1.35 must come from, largest first:
+- norm before rotary, where it was the other way round: 215 GB became 163 (17 ms). Done; same mathematics;
+- ReLU² inside the matrix product that precedes it, which takes a Triton product or autotuning: up to 29 ms. Not done;
+- one product for Q, K, V: 26 GB less in the products, which their operations hide, 10 GB more around them: nothing
+  gained in this plan. Not done;
+- logits: the compiler keeps them in bfloat16 and computes loss and gradient in three passes of 8.6 GB: a kernel of our
+  own would save one at most (3 ms). Not done;
+- AdamW is one kernel a table, Muon 36 a shape, numbers reach them as kernel arguments: some milliseconds in all;
+- the loss is read once a step, when some 1,500 kernels have been queued ahead of it: some tenths of a millisecond.
+
+Outside the budget: evaluation computes 1.7 PFLOP forward and passes over 690 GB of float32 logits about five times,
+about 5 s; packing and copying its rows takes 0.12 s on two CPU cores, checking 1.3 GB of token files 0.65 s.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RUN = """
+import json, runpy, sys, time
+sys.path.insert(0, sys.argv[1])
+import prepare
+constants = prepare.load_manifest(prepare.cache_dir())["constants"]
+constants["TIME_BUDGET"] = prepare.TIME_BUDGET = float(sys.argv[3])
+moments, start, stop = {}, prepare.Clock.start, prepare.Clock.stop
+
+def noted(name, method):
+    def call(self):
+        moments.setdefault(name, prepare.process_seconds())
+        return method(self)
+    return call
+
+def report(val_bpb, *, mfu_percent, total_tokens, num_steps, attention, **_):
+    seconds = prepare.clock.seconds()
+    print("RESULT", json.dumps(dict(
+        rate=total_tokens / seconds, mfu=mfu_percent, memory=prepare.peak_memory_mb(), steps=num_steps,
+        before=moments["start"], after=prepare.process_seconds() - moments["stop"], val_bpb=val_bpb,
+        attention=attention, device=prepare.device_name(),
+    )))
+
+prepare.Clock.start, prepare.Clock.stop = noted("start", start), noted("stop", stop)
+prepare.report = report
+sys.argv = [sys.argv[2]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(file, seconds, compiler_cache):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiler_cache)}
+    command = [sys.executable, "-c", RUN, ROOT, file, str(seconds)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        sys.exit(f"{done.stdout}{file} failed with exit status {done.returncode}")
+    result = json.loads(lines[-1].removeprefix("RESULT "))
+    print(
+        f"{file}: {result['rate']:,.0f} tokens/s, MFU {result['mfu']:.1f} %, {result['memory']:,.0f} MiB, "
+        f"{result['before']:.1f} + {result['after']:.1f} s outside, {result['steps']} steps, "
+        f"val_bpb {result['val_bpb']:.4f}, {result['attention']}, {result['device']}",
+        flush=True,
+    )
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, default=[ROOT / "train.py"])
+    parser.add_argument("--seconds", type=float, default=40, help="of training in each run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each file, two at least")
+    args = parser.parse_args()
+    files = [file.resolve() for file in args.files]
+    runs = {file: [] for file in files}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(max(args.rounds, 2)):
+            for i, file in enumerate(files):
+                runs[file].append(run(file, args.seconds, Path(folder) / str(i)))
+
+    def median(results, key):
+        return statistics.median(result[key] for result in results)
+
+    print("\n| file | tokens/s | MFU | peak memory | outside, first run | outside, later |\n|---|---|---|---|---|---|")
+    for file, results in runs.items():
+        first, later = results[0], results[1:]
+        print(
+            f"| {file.parent.name}/{file.name} | {median(results, 'rate'):,.0f} | {median(results, 'mfu'):.1f} % "
+            f"| {median(results, 'memory'):,.0f} MiB | {first['before']:.1f} + {first['after']:.1f} s "
+            f"| {median(later, 'before'):.1f} + {median(later, 'after'):.1f} s |"
+        )
+
+
+if __name__ == "__main__":
+    main()
