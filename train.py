@@ -174,8 +174,11 @@ def pick_attention(T, windows, head_dim, device):
 
 
 def norm(x):
-    """RMSNorm without weights over the last dimension (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
+    """RMSNorm without weights over the last dimension (arXiv 1910.07467), in the type of x.
+
+    Newer PyTorch's autocast makes it float32, which the residual stream would then be: twice the traffic.
+    """
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 
 
 def rotate(x, cos, sin):

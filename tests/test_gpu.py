@@ -224,6 +224,19 @@ def test_the_full_model_fits_itself_to(gigabytes):
 # Precision
 
 
+def test_the_residual_stream_has_16_bits():
+    with CUDA:
+        model, _ = make()
+        for table in (model.wte, *model.value_embeds.values()):
+            table.bfloat16()
+        types = []
+        for block in model.blocks:
+            block.register_forward_hook(lambda module, inputs, output: types.append((inputs[0].dtype, output.dtype)))
+        tokens = torch.zeros(2, 8, dtype=torch.long)
+        loss, logits = model(tokens, tokens), model(tokens)
+    assert set(types) == {(torch.bfloat16, torch.bfloat16)} and loss.dtype == logits.dtype == torch.float32
+
+
 def test_sixteen_bits_learn_as_32_do(monkeypatch):
     """The model of four layers and width 256 in bfloat16, as a run has it, and in float32: see test_training.py."""
     k = replace(train.FULL, DEPTH=4, HEAD_DIM=64, TOTAL_BATCH=16 * 256)

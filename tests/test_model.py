@@ -176,8 +176,11 @@ def test_autocast_gives_the_kernel_bfloat16(flash3):
     x, model = make_tokens(), shaken(make_model(attention=flash3))
     for table in (model.wte, *model.value_embeds.values()):
         table.bfloat16()  # as they are held on a GPU
+    stream = []
+    model.blocks[-1].register_forward_hook(lambda module, inputs, output: stream.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(x, x)
+    assert stream == [torch.bfloat16] and loss.dtype == torch.float32
     loss.backward()
     # measured: 16 bits change this loss by 0.07 %, a window one key shorter by 1.1 %
     assert loss.item() == pytest.approx(shaken(make_model())(x, x).item(), rel=0.004)
