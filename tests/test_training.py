@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import prepare
 import train
 
 V, T, CPU = 32, 8, torch.device("cpu")
@@ -347,14 +348,17 @@ def test_importing_does_nothing(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools")
-def test_nothing_is_compiled_after_the_warm_up():
-    """Model, both optimizer steps, schedules that change, evaluation: the compiler's counter stands still.
+def test_nothing_is_compiled_after_the_warm_up(cache):
+    """The loader's batches, changing schedules, both optimizer steps, evaluation: the compiler's counter stands still.
 
-    With the compiler's front end alone (backend "eager"), which is what decides on recompilation.
+    With the compiler's front end alone (backend "eager"), which is what decides on recompilation. It finds no break.
     """
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
+    counters.clear()
+    tokenizer, T = prepare.Tokenizer.from_directory(), prepare.MAX_SEQ_LEN
+    V = tokenizer.get_vocab_size()
     k = replace(TINY, DEPTH=3, TOTAL_BATCH=8 * T, MAX_MICRO_BATCH=4)
     compiled = partial(torch.compile, backend="eager", dynamic=False)
     model = train.GPT(k, V, T, train.sdpa_attention)
@@ -363,14 +367,14 @@ def test_nothing_is_compiled_after_the_warm_up():
     micro = train.warm_up(model, forward, optimizer, k, V, T, CPU)
     before = dict(counters["stats"]), dict(counters["frames"])
     assert before[0]["unique_graphs"] > 3  # model for training and for evaluation, Muon, AdamW
+    loader = prepare.make_dataloader(tokenizer, micro, T, "train")
     for step in range(3):
         train.set_schedules(optimizer, k, step / 3, step)
-        tokens = torch.randint(V, (2, micro, T))
-        train.train_step(forward, optimizer, lambda: tokens, 2)  # noqa: B023
-    model.eval()
-    with torch.no_grad():
-        forward(torch.randint(V, (micro, T)))
+        train.train_step(forward, optimizer, lambda: next(loader)[:2], 2)
+    prepare.evaluate_bpb(forward, tokenizer, micro)
+    train.train_step(forward, optimizer, lambda: next(loader)[:2], 2)
     assert (dict(counters["stats"]), dict(counters["frames"])) == before
+    assert not counters["graph_break"]
 
 
 def test_many_shapes_are_all_compiled(monkeypatch):
