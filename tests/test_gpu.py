@@ -107,7 +107,7 @@ def report(val_bpb, **values):
         "val_bpb": val_bpb,
         "warm_graphs": seen["graphs"],
         "graphs": counters["stats"]["unique_graphs"],
-        "cache_misses": counters["inductor"]["fxgraph_cache_miss"],
+        "compiled": counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"],
         "expandable": all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()),
         "outside": prepare.process_seconds() - prepare.clock.seconds(),
         "uuid": str(torch.cuda.get_device_properties(0).uuid),
@@ -141,7 +141,7 @@ def test_nothing_is_compiled_after_the_warm_up(runs):
 
 def test_the_second_run_starts_from_the_compilers_cache(runs):
     first, second = runs
-    assert first["cache_misses"] > 0 and second["cache_misses"] == 0
+    assert first["compiled"] > 0 and second["compiled"] == 0
     assert second["outside"] < first["outside"]
 
 
@@ -188,7 +188,7 @@ device = torch.device("cuda")
 train.os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
 torch.set_float32_matmul_precision("high")
-compiled = lambda f: torch.compile(f, dynamic=False)
+compiled = train.compiler()
 _, attention, _ = train.pick_attention(T, train.layer_windows(k, T), k.HEAD_DIM, device)
 with device:
     model = train.GPT(k, V, T, attention)
