@@ -586,7 +586,7 @@ def put_back(model, optimizer):
     """
     weights = [p.detach().clone() for p in model.parameters()]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:
         yield
     finally:
@@ -598,8 +598,8 @@ def put_back(model, optimizer):
         for group, before in zip(optimizer.param_groups, groups):
             group.update(before)
         torch.set_rng_state(cpu)
-        if gpu:
-            torch.cuda.set_rng_state_all(gpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
 
 
 def train_step(forward, optimizer, batch, micro_steps):
