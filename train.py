@@ -580,20 +580,21 @@ class TrainingError(Exception):
 
 @contextmanager
 def put_back(model, optimizer):
-    """Whatever is done inside, weights, schedules and random state are afterwards what they were, bit for bit.
+    """Whatever is done inside, weights, buffers, schedules and random state are afterwards what they were, bit for bit.
 
     Gradients and the optimizer's state are gone: this is for before the first step, when there are none.
     """
-    weights = [p.detach().clone() for p in model.parameters()]
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:
         yield
     finally:
         with torch.no_grad():
-            for p, weight in zip(model.parameters(), weights):
-                p.copy_(weight)
-                p.grad = None
+            for tensor, value in zip(tensors, values):
+                tensor.copy_(value)
+                tensor.grad = None
         optimizer.state.clear()
         for group, before in zip(optimizer.param_groups, groups):
             group.update(before)

@@ -78,7 +78,7 @@ def losses(monkeypatch, seed=0, steps=12, warm=False, spoil=lambda step, loss: l
 def snapshot(model, optimizer):
     """All that a run could tell a warm-up by."""
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    weights = [p.detach().clone() for p in model.parameters()]
+    weights = [p.detach().clone() for p in (*model.parameters(), *model.buffers())]
     return weights, groups, [p.grad for p in model.parameters()], len(optimizer.state), torch.get_rng_state()
 
 
@@ -106,6 +106,17 @@ def test_put_back():
     assert same(snapshot(model, optimizer), before)
     for part, other in zip(during, before):  # each of the five had been moved
         assert not same(part, other)
+
+
+def test_put_back_heeds_buffers():
+    """The baseline's never change; a running mean that an experiment adds would."""
+    model, optimizer = make()
+    model.register_buffer("mean", torch.ones(3))
+    before = snapshot(model, optimizer)
+    with train.put_back(model, optimizer):
+        model.mean.mul_(2)
+        assert not same(snapshot(model, optimizer), before)
+    assert same(snapshot(model, optimizer), before)
 
 
 def test_put_back_after_an_error():
