@@ -87,7 +87,8 @@ CAUSALITY_ROWS = 64  # validation rows on which the model's causality is checked
 CAUSALITY_ROWS_AT_ONCE = 16  # of a batch: their logits are kept for the comparison
 CAUSALITY_TOLERANCE = 1e-3  # logits; a leak under it is worth less than the noise of a seed
 SCORED_AT_ONCE = 8  # rows of logits that are read together: fewer take more calls, more take more memory
-RUN_GRACE = 300  # seconds beyond the budget, before and again after the first batch, until the watchdog ends a run
+RUN_GRACE = 300  # seconds beyond the budget that a run has until its first batch, before the watchdog ends it
+END_GRACE = 240  # seconds beyond the budget that it has from there on
 
 
 class PrepareError(Exception):
@@ -1291,8 +1292,9 @@ def start_run():
     Raises PrepareError before anything has been computed.
     """
     global started_from
-    clock.limit = open_cache(cache_dir())["constants"]["TIME_BUDGET"] + RUN_GRACE
-    watchdog(clock.limit)
+    budget = open_cache(cache_dir())["constants"]["TIME_BUDGET"]
+    watchdog(budget + RUN_GRACE)
+    clock.limit = budget + END_GRACE
     for split in ("train", "val"):
         read_tokens(split)  # open from now on: another prepare.py can't take the files away
     get_token_bytes()
@@ -1443,9 +1445,9 @@ def checked_logits(model, x, V):
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point() or tuple(logits.shape) != wanted:
         got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise EvaluationError(f"model(x) must return floating-point logits of shape {wanted}, it returned {got}")
-    ends = [end for part in logits.split(SCORED_AT_ONCE) for end in part.aminmax()]  # NaN is both, read once
+    ends = [end for part in logits.split(SCORED_AT_ONCE) for end in part.float().aminmax()]  # a NaN is both
     if not torch.stack(ends).isfinite().all():
-        raise EvaluationError("model(x) returned logits that are not finite (NaN or infinity)")
+        raise EvaluationError("model(x) returned logits that are not finite in float32 (NaN or infinity)")
     return logits
 
 

@@ -85,6 +85,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def fresh_harness(monkeypatch):
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
+    monkeypatch.setattr(prepare, "started_from", prepare.started_from)
     monkeypatch.delenv("SEED", raising=False)
     prepare.forget_cache()
     yield

@@ -158,16 +158,19 @@ class Late:
     """Stands for a GPU that has other work: copies are made in order, each a while after it was asked for."""
 
     def __init__(self, seconds):
-        self.seconds, self.queue, self.copies = seconds, queue.Queue(), 0
-        threading.Thread(target=self.work, daemon=True).start()
+        self.seconds, self.queue = seconds, queue.Queue()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
 
     def work(self):
-        while True:
-            copy, stage, made = self.queue.get()
+        for copy, stage, made in iter(self.queue.get, None):
             time.sleep(self.seconds)
             copy.copy_(stage)
-            self.copies += 1
             made.set()
+
+    def settle(self):
+        self.queue.put(None)
+        self.thread.join(timeout=60)
 
     def copy_to_gpu(self, stage, device):
         assert device.type == "cuda"
@@ -187,11 +190,17 @@ def without_waiting(copy_to_gpu):
     return copy_and_forget
 
 
-def arrives_as_packed(device, settle, steps=30):
-    """Whether batches asked for ahead of their copies arrive as a loader without copies makes them."""
+def arrives_as_packed(device, settle, delay=lambda: None, steps=30):
+    """Whether batches asked for ahead of their copies arrive as a loader without copies makes them.
+
+    `delay` is called when all buffers are there, `settle` when all has been asked for and may be looked at.
+    """
     tokens, offsets = as_files(make_documents(3, 3000, 50))
     expected = islice(prepare.batches(tokens, offsets, 8, 64, torch.device("cpu")), steps)
-    arrived = list(islice(prepare.batches(tokens, offsets, 8, 64, device), steps))
+    loader = prepare.batches(tokens, offsets, 8, 64, device)
+    arrived = list(islice(loader, prepare.PREFETCH))
+    delay()
+    arrived += islice(loader, steps - len(arrived))
     settle()
     return all(
         torch.equal(x.cpu(), x_then) and torch.equal(y.cpu(), y_then) and epoch == epoch_then
@@ -199,14 +208,9 @@ def arrives_as_packed(device, settle, steps=30):
     )
 
 
-def settled(late, steps):
-    while late.copies < steps:
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("waits", [True, False], ids=["as it is", "without waiting for the event"])
 def test_a_slow_copy_is_never_overtaken(monkeypatch, waits):
     late = Late(0.02)
     monkeypatch.setattr(prepare, "new_stage", lambda shape, pinned: torch.empty(shape, dtype=torch.int64))
     monkeypatch.setattr(prepare, "copy_to_gpu", late.copy_to_gpu if waits else without_waiting(late.copy_to_gpu))
-    assert arrives_as_packed(torch.device("cuda"), lambda: settled(late, 30)) == waits
+    assert arrives_as_packed(torch.device("cuda"), late.settle) == waits

@@ -117,6 +117,7 @@ def cheats(V):
         "the batch's mean": (lambda x: table[x] + 0.1 * table[x[:, :1]].mean(dim=0), "mixes rows"),
         "NaN": (lambda x: table[x] * math.nan, "not finite"),
         "NaN now and then": (lambda x: table[x].masked_fill((x == x[0, 5])[..., None], math.nan), "not finite"),
+        "beyond float32": (lambda x: table[x].double() * 1e300, "not finite in float32"),
         "infinity for one token": (lambda x: table[x].index_fill(2, torch.tensor(3), -math.inf), "not finite"),
         "too few logits": (lambda x: table[x][..., :-1], "shape (8, 64, 400), it returned torch.float32 (8, 64, 399)"),
         "the last place only": (lambda x: table[x][:, -1:], "shape"),
@@ -189,8 +190,8 @@ def test_the_bytes_are_those_of_the_prepared_tokenizer(tokenizer):
 
 def test_a_score_that_is_no_number_is_refused(tokenizer):
     V = tokenizer.get_vocab_size()
-    huge = torch.zeros(V, dtype=torch.float64)
-    huge[0], huge[1] = 1e300, -1e300
+    huge = torch.full((V,), -3e38)
+    huge[0] = 3e38  # each is finite, their difference is not
     with pytest.raises(prepare.EvaluationError, match="so large"):
         prepare.evaluate_bpb(Model(V, lambda x: huge.expand(*x.shape, V)), tokenizer, 8)
 

@@ -26,8 +26,12 @@ def block(text):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+def make_project(folder):
     """A repository of its own with prepare.py and train.py committed."""
-    folder = tmp_path_factory.mktemp("project")
+    folder.mkdir(exist_ok=True)
     for name in ("prepare.py", "train.py"):
         shutil.copy(ROOT / name, folder)
     commit(folder, "baseline")
@@ -80,8 +84,8 @@ def test_redirected_output_is_short_whole_lines(finished):
     assert steps and all("loss" in line for line in steps)
 
 
-def test_two_worktrees_run_at_once_on_one_cache(project, session_cache, tmp_path):
-    other = tmp_path / "other"
+def test_two_worktrees_run_at_once_on_one_cache(session_cache, tmp_path):
+    project, other = make_project(tmp_path / "project"), tmp_path / "other"
     subprocess.run(["git", "-C", project, "worktree", "add", "-q", "-b", "agent2", other], check=True)
     text = (other / "train.py").read_text()
     (other / "train.py").write_text(text.replace("DEPTH=2", "DEPTH=1"))
@@ -179,7 +183,7 @@ def test_the_first_batch_gives_the_watchdog_its_full_time(cache, monkeypatch):
     loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 2, 64, "train")
     for _ in range(3):
         next(loader)
-    assert limits == [prepare.TIME_BUDGET + prepare.RUN_GRACE] * 2
+    assert limits == [prepare.TIME_BUDGET + prepare.RUN_GRACE, prepare.TIME_BUDGET + prepare.END_GRACE]
 
 
 def test_a_seed_that_is_none_is_refused(session_cache):
