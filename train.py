@@ -130,14 +130,15 @@ def flash3_attention():
     from kernels import get_kernel, get_local_kernel, install_kernel
 
     wanted = dict(revision="v1", trust_remote_code=[FLASH3])  # without a revision the library refuses
-    try:
-        if "LOCAL_KERNELS" in os.environ:
-            raise FileNotFoundError
-        flash = get_local_kernel(install_kernel(FLASH3, local_files_only=True, **wanted))
-    except FileNotFoundError:
-        if "LOCAL_KERNELS" not in os.environ:  # behind a firewall that answers nothing the library waits for minutes
-            requests.head(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", timeout=5)
+    if "LOCAL_KERNELS" in os.environ:
         flash = get_kernel(FLASH3, **wanted)
+    else:
+        try:
+            flash = get_local_kernel(install_kernel(FLASH3, local_files_only=True, **wanted))
+        except Exception:  # there is none yet, or a part of one
+            # Behind a firewall that answers nothing the library would wait for minutes
+            requests.head(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", timeout=5)
+            flash = get_kernel(FLASH3, **wanted)
 
     def attention(q, k, v, window):
         out = flash.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
@@ -651,12 +652,13 @@ def warm_up(model, forward, optimizer, k, vocab_size, T, device):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            says = str(error).partition("\n")[0][:200]
             if smaller:
                 print(f"{micro} rows at once are out of memory, trying {smaller}", flush=True)
         gc.collect()  # an error's traceback holds tensors in circles
         torch.cuda.empty_cache()
         torch.compiler.reset()  # each size is compiled anew, and after eight the compiler would give up in silence
-    raise TrainingError("out of GPU memory with one row at a time: make the model smaller")
+    raise TrainingError(f"out of GPU memory with one row at a time: make the model smaller ({says})")
 
 
 def train(forward, optimizer, loader, k, micro_steps, vocab_size, flops, peak):
@@ -694,7 +696,8 @@ def train(forward, optimizer, loader, k, micro_steps, vocab_size, flops, peak):
 
 def compiler():
     """torch.compile as a run wants it: for the shapes it meets, each of them, and kept for the next run."""
-    os.environ.setdefault("USER", str(os.getuid()))  # names its cache; a container's user may have none: an error
+    if hasattr(os, "getuid"):  # the cache is named for the user, and a container's may have no name: an error
+        os.environ.setdefault("USER", str(os.getuid()))
     torch._dynamo.config.recompile_limit = 64  # shapes of one function, 8 by default: the rest would run uncompiled
     # PyTorch 2.9 compiles this anew in every run, later releases do not. (The value is a part of the cache's key.)
     torch._inductor.config.unsafe_marked_cacheable_functions = {
@@ -729,7 +732,7 @@ def main():
         f"{flops / 1e6:.1f} MFLOPs a token"
     )
     if cuda and math.isnan(peak):
-        print(f"MFU: nan, the peak of {prepare.device_name()} is not in PEAK_TFLOPS")
+        print(f"MFU: nan, PEAK_TFLOPS has no peak of {prepare.device_name()}")
 
     micro = warm_up(model, forward, optimizer, k, V, T, device)
     print(f"batch: {k.TOTAL_BATCH:,} tokens a step, {micro} rows of {T} at once", flush=True)

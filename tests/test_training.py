@@ -192,7 +192,7 @@ def test_another_error_is_not_taken_for_too_little_memory():
 
 def test_too_little_memory_for_one_row():
     model, optimizer = make()
-    with pytest.raises(train.TrainingError, match="one row"):
+    with pytest.raises(train.TrainingError, match=r"one row.*\(as the allocator says it\)"):
         train.warm_up(model, with_memory_for(model, 0), optimizer, TINY, V, T, CPU)
 
 
@@ -292,7 +292,11 @@ def agree(half, full, V):
 
 
 def test_sixteen_bits_learn_as_32_do():
-    """300 steps as a GPU takes them, autocast and tables in bfloat16, against float32."""
+    """300 steps with autocast and tables in bfloat16, as a GPU takes them, against float32.
+
+    They differ by 0.002 of 3.3 nats learned, and 2 % of these are 0.065: it is gross faults that this catches, a sum or
+    an optimizer's state that 16 bits don't hold.
+    """
     k = replace(TINY, ASPECT_RATIO=32, HEAD_DIM=32, TOTAL_BATCH=16 * 32)
     full = learning_curve(k, 64, 32, 300, CPU)
     half = learning_curve(k, 64, 32, 300, CPU, torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16))
@@ -388,11 +392,26 @@ def test_nothing_is_compiled_after_the_warm_up(cache):
     assert not counters["graph_break"]
 
 
+def undo_compiler(monkeypatch):
+    """Have what `compiler()` sets put back after the test."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._inductor.config, "unsafe_marked_cacheable_functions", {})
+    monkeypatch.setenv("USER", os.environ.get("USER", "somebody"))
+
+
+def test_flex_attentions_backward_is_kept_for_the_next_run(monkeypatch):
+    from torch._higher_order_ops.flex_attention import flex_attention_backward
+
+    undo_compiler(monkeypatch)
+    train.compiler()
+    assert flex_attention_backward.cacheable()
+
+
 def test_many_shapes_are_all_compiled(monkeypatch):
     """PyTorch gives up in silence after eight shapes of one function, and the optimizer has one function for all."""
     from torch._dynamo.utils import counters
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # put back afterwards
+    undo_compiler(monkeypatch)
     torch._dynamo.reset()
     compiled = train.compiler()(lambda x: x + 1, backend="eager")
     before = counters["stats"]["unique_graphs"]
