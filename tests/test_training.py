@@ -392,26 +392,28 @@ def test_nothing_is_compiled_after_the_warm_up(cache):
     assert not counters["graph_break"]
 
 
-def undo_compiler(monkeypatch):
-    """Have what `compiler()` sets put back after the test."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._inductor.config, "unsafe_marked_cacheable_functions", {})
+@pytest.fixture
+def compiler_as_it_was(monkeypatch):
+    """What `compiler()` sets is put back after the test."""
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+
     monkeypatch.setenv("USER", os.environ.get("USER", "somebody"))
+    with dynamo.patch(recompile_limit=8), inductor.patch(unsafe_marked_cacheable_functions={}):
+        yield
 
 
-def test_flex_attentions_backward_is_kept_for_the_next_run(monkeypatch):
+def test_flex_attentions_backward_is_kept_for_the_next_run(compiler_as_it_was):
     from torch._higher_order_ops.flex_attention import flex_attention_backward
 
-    undo_compiler(monkeypatch)
     train.compiler()
     assert flex_attention_backward.cacheable()
 
 
-def test_many_shapes_are_all_compiled(monkeypatch):
+def test_many_shapes_are_all_compiled(compiler_as_it_was):
     """PyTorch gives up in silence after eight shapes of one function, and the optimizer has one function for all."""
     from torch._dynamo.utils import counters
 
-    undo_compiler(monkeypatch)
     torch._dynamo.reset()
     compiled = train.compiler()(lambda x: x + 1, backend="eager")
     before = counters["stats"]["unique_graphs"]
