@@ -706,11 +706,8 @@ def compiler():
     return partial(torch.compile, dynamic=False)
 
 
-def main():
-    device = prepare.start_run()
-    k, T = KNOBS[prepare.SCALE], prepare.MAX_SEQ_LEN
-    tokenizer = Tokenizer.from_directory()
-    V = tokenizer.get_vocab_size()
+def build(k, vocab_size, T, device):
+    """(name of the attention kernel, model, the model as it is called, optimizer) of a run on this device."""
     cuda = device.type == "cuda"
     if cuda:  # read at the first allocation: segments that grow waste less. PyTorch 2.9 heeds only this older name
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -720,18 +717,25 @@ def main():
     name, attention, reason = pick_attention(T, layer_windows(k, T), k.HEAD_DIM, device)
     print(f"attention: {name} ({reason})")
     with device:
-        model = GPT(k, V, T, attention)
+        model = GPT(k, vocab_size, T, attention)
     if cuda:
         for table in (model.wte, *model.value_embeds.values()):
             table.bfloat16()  # half the traffic; the rest is cast by autocast
-    optimizer = make_optimizer(model, k, compiled)
-    forward = compiled(model)
+    return name, model, compiled(model), make_optimizer(model, k, compiled)
+
+
+def main():
+    device = prepare.start_run()
+    k, T = KNOBS[prepare.SCALE], prepare.MAX_SEQ_LEN
+    tokenizer = Tokenizer.from_directory()
+    V = tokenizer.get_vocab_size()
+    name, model, forward, optimizer = build(k, V, T, device)
     params, flops, peak = sum(p.numel() for p in model.parameters()), flops_per_token(model, k, T), peak_flops(device)
     print(
         f"model: depth {k.DEPTH}, width {model_width(k)}, {params / 1e6:.1f} M parameters, "
         f"{flops / 1e6:.1f} MFLOPs a token"
     )
-    if cuda and math.isnan(peak):
+    if device.type == "cuda" and math.isnan(peak):
         print(f"MFU: nan, PEAK_TFLOPS has no peak of {prepare.device_name()}")
 
     micro = warm_up(model, forward, optimizer, k, V, T, device)

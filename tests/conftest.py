@@ -85,7 +85,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def fresh_harness(monkeypatch):
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
-    monkeypatch.setattr(prepare, "started_from", prepare.started_from)
+    monkeypatch.setattr(prepare, "started_from", prepare.started_from)  # put back what start_run() sets
     monkeypatch.delenv("SEED", raising=False)
     prepare.forget_cache()
     yield

@@ -187,17 +187,8 @@ FIT = """
 import json, sys, torch, prepare, train
 limit, T, V, k = float(sys.argv[1]) * 2**30, 2048, 8192, train.FULL
 device = torch.device("cuda")
-train.os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
-torch.set_float32_matmul_precision("high")
-compiled = train.compiler()
-_, attention, _ = train.pick_attention(T, train.layer_windows(k, T), k.HEAD_DIM, device)
-with device:
-    model = train.GPT(k, V, T, attention)
-for table in (model.wte, *model.value_embeds.values()):
-    table.bfloat16()
-optimizer = train.make_optimizer(model, k, compiled)
-forward = compiled(model)
+_, model, forward, optimizer = train.build(k, V, T, device)
 micro = train.warm_up(model, forward, optimizer, k, V, T, device)
 x = torch.randint(V, (micro, T), device=device)
 micro_steps = k.TOTAL_BATCH // (micro * T)
@@ -211,8 +202,10 @@ print(json.dumps(dict(micro=micro, tokens=micro * T * micro_steps, peak=peak, lo
 def test_the_full_model_fits_itself_to(gigabytes):
     if torch.cuda.get_device_properties(0).total_memory < gigabytes * 2**30:
         pytest.skip("this GPU has less")
+    # named here, as the limit is set before `build` could name it
+    growing = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    done = run_python("-c", FIT, gigabytes, timeout=600, CUDA_VISIBLE_DEVICES=visible)
+    done = run_python("-c", FIT, gigabytes, timeout=600, CUDA_VISIBLE_DEVICES=visible, **growing)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
     found = json.loads(done.stdout.splitlines()[-1])
