@@ -3,8 +3,8 @@
     uv run tests/bench_prepare.py [FOLDER]      a folder of climbmix-like shards (*.parquet, column text)
 
 Without a folder it makes shards from the Python source on this machine. Stages: download from a hub on loopback,
-tokenizer, tokenizing (all cores, and one), opening the cache as every run does, packed batches against the plain
-packer of the tests.
+tokenizer, tokenizing (all cores, and one), opening the cache as every run does, the rows of a full-scale evaluation,
+packed batches against the plain packer of the tests.
 """
 
 import argparse
@@ -96,6 +96,15 @@ def main():
 
         tokens = prepare.np.fromfile(path, prepare.np.uint16)
         offsets = prepare.np.fromfile(path.with_suffix(".idx"), prepare.np.int64)
+
+        def evaluation_rows():
+            rows = list(islice(prepare.pack_rows(offsets, 2048, forever=False), 10_240))
+            page = prepare.np.empty((args.rows, 2049), prepare.np.int64)
+            for batch in prepare.batched(rows, args.rows):
+                prepare.fill_rows(tokens, batch, page)
+            return len(rows)
+
+        timed("the rows of an evaluation", evaluation_rows, lambda rows: {"M tokens": rows * 2048 / 1e6})
         batch = args.rows * 2048 / 1e6
         documents = [tokens[a:b].tolist() for a, b in prepare.pairwise(offsets[:4001])]
         rows = slow_rows(documents, 2048, passes=10**9)

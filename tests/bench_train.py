@@ -36,7 +36,7 @@ Memory: the forward pass keeps 0.34 GiB a row of 2,048 tokens, 0.125 of it aroun
 44 for 128, which would make 2^31 logits, one too many for an index of 32 bits.
 
 Outside the budget: evaluation computes 1.7 PFLOP forward and passes over 690 GB of float32 logits about five times,
-about 5 s; packing and copying its rows takes 0.12 s on two CPU cores, checking 1.3 GB of token files 0.65 s.
+about 5 s; packing its rows takes 0.06 s, checking a GB of token files 0.5 s (bench_prepare.py, two CPU cores).
 """
 
 import argparse
