@@ -40,7 +40,7 @@ def timed(what, work, amounts):
 def source_shards(folder):
     """Four shards of Python source, 20 MB of text each, as climbmix lays them out."""
     corpus = prepare.source_corpus()
-    texts = corpus.documents(corpus.train)
+    texts = corpus.documents("train")
     for i in range(4):
         shard, size = [], 0
         while size < 20e6:
@@ -74,7 +74,7 @@ def main():
         timed("again, nothing to do", lambda: prepare.download_shards(names, data, 8), lambda _: {"MB": megabytes})
         paths = [data / name for name in names]
         corpus = prepare.Corpus(paths[:-1], paths[-1:], "")
-        texts = list(prepare.sample_texts(corpus.documents(prepare.tokenizer_files(corpus.train))))
+        texts = list(prepare.sample_texts(corpus.documents("train")))
         characters = sum(map(len, texts)) / 1e6
         print(f"{'':<34}{characters:8.1f} M characters for the tokenizer")
         tokenizer = timed(
@@ -92,16 +92,16 @@ def main():
         for cpus in sorted({1, cores}):
             timed(f"tokenizing on {cpus} core(s)", lambda: tokenize(cpus), lambda tokens: {"M tokens": tokens})  # noqa: B023
         path = folder / f"train-{cores}.bin"
-        timed("checking the token file", lambda: prepare.digest(path), lambda _: {"MB": path.stat().st_size / 1e6})
+        timed("checking the token file", lambda: prepare.checksum(path), lambda _: {"MB": path.stat().st_size / 1e6})
 
         tokens = prepare.np.fromfile(path, prepare.np.uint16)
         offsets = prepare.np.fromfile(path.with_suffix(".idx"), prepare.np.int64)
 
         def evaluation_rows():
             rows = list(islice(prepare.pack_rows(offsets, 2048, forever=False), 10_240))
-            page = prepare.np.empty((args.rows, 2049), prepare.np.int64)
+            packed = prepare.np.empty((args.rows, 2049), prepare.np.int64)
             for batch in prepare.batched(rows, args.rows):
-                prepare.fill_rows(tokens, batch, page)
+                prepare.fill_rows(tokens, batch, packed)
             return len(rows)
 
         timed("the rows of an evaluation", evaluation_rows, lambda rows: {"M tokens": rows * 2048 / 1e6})

@@ -32,11 +32,11 @@ ENDS = (
 
 def prose(seed, documents, longest=40):
     """Documents of made-up sentences: 1 to `longest` of them, the same for the same seed."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(documents):
-        sentences = dice.randint(1, longest)
+        sentences = rng.randint(1, longest)
         yield " ".join(
-            f"{dice.choice(NAMES)} {dice.choice(VERBS)} {dice.choice(THINGS)} {dice.choice(ENDS)}."
+            f"{rng.choice(NAMES)} {rng.choice(VERBS)} {rng.choice(THINGS)} {rng.choice(ENDS)}."
             for _ in range(sentences)
         )
 
@@ -85,7 +85,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def fresh_harness(monkeypatch):
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
-    monkeypatch.setattr(prepare, "started_from", prepare.started_from)  # put back what start_run() sets
+    monkeypatch.setattr(prepare, "run_commit", prepare.run_commit)  # put back what start_run() sets
     monkeypatch.delenv("SEED", raising=False)
     prepare.forget_cache()
     yield

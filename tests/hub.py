@@ -1,229 +1,156 @@
 """A Hugging Face hub on loopback, with faults to order.
 
-Two servers, as in life: the endpoint answers /datasets/<repo>/resolve/main/<name> with a redirect that names
-length and sha256 (X-Linked-Size, X-Linked-Etag); the storage that it leads to has the bytes, knows ranges and
-validators, and names neither. By hand, for an end-to-end run:
+Two servers, as in life. The endpoint answers HEAD /datasets/<repo>/resolve/main/<name> with a redirect that names
+commit, length and sha256 (X-Repo-Commit, X-Linked-Size, X-Linked-Etag). The storage behind it has the bytes and knows
+ranges. By hand:
 
     python tests/hub.py FOLDER      # serves its *.parquet, prints the HF_ENDPOINT to use, until Ctrl-C
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
 import hashlib
 import re
-import socket
-import struct
 import sys
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
 
 VAL_SHARD = "shard_06542.parquet"
-BLOCK = 2**16
 
 
 @dataclass
 class Fault:
-    """What goes wrong with one answer. Fields combine; those left alone leave the answer as it should be."""
+    """What goes wrong with one answer. A field that is not set leaves the answer as it should be."""
 
     status: int | None = None  # answer this, without a file
     headers: dict = field(default_factory=dict)  # over the right ones; None takes one away
-    body: Callable[[bytes], bytes] | None = None  # the file's bytes -> the bytes to serve in their place
-    cut: int | None = None  # close the connection after so many bytes of the answer
-    reset: bool = False  # and not in an orderly way
-    stall: int | None = None  # fall silent after so many bytes of the answer, until the hub closes
+    body: object = None  # function: the file's bytes -> the bytes to serve
+    cut: int | None = None  # close the connection after so many bytes
+    stall: int | None = None  # fall silent after so many bytes, until the hub closes
     gate: threading.Event | None = None  # answer when this is set
-    ignore_range: bool = False  # 200 and the whole file
-    ignore_if_range: bool = False  # 206 though the validator is another
-
-
-class Request(NamedTuple):
-    """One request as it came. place is 'endpoint' or 'storage', time that of a monotonic clock in seconds."""
-
-    place: str
-    method: str
-    name: str
-    headers: dict
-    time: float
 
 
 class Hub:
     """`with Hub({"shard_00000.parquet": path}) as hub:` serves the files at hub.endpoint.
 
     `hub.fail(name, Fault(cut=1000), Fault(status=500))` spoils the storage's next two answers for the name,
-    `at="endpoint"` the endpoint's; `always=True` all of them. `hub.etags[name]` sets the storage's validator.
-    With `hub.linked = False` the endpoint names no length and no hash, with `hub.direct = True` it serves the
-    bytes itself: plain mirrors do both. `hub.requests` is what was asked so far.
+    `at="endpoint"` the endpoint's; `always=True` all of them. `hub.requests` has what was asked: (place, method, name,
+    headers).
     """
 
-    def __init__(self, files: dict[str, Path]):
-        self.files, self.etags = files, {}
-        self.linked, self.direct = True, False
-        self.requests: list[Request] = []
-        self.faults: dict[tuple[str, str], list[Fault]] = {}
-        self.always: dict[tuple[str, str], Fault] = {}
-        self.closing, self.lock = threading.Event(), threading.Lock()
-        self.servers = [self._server("endpoint"), self._server("storage")]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{s.server_address[1]}" for s in self.servers)
+    def __init__(self, files):
+        self.files, self.requests, self.faults, self.always = files, [], {}, {}
+        self.closing = threading.Event()
+        self.servers = [make_server(self, place) for place in ("endpoint", "storage")]
+        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
 
     def __enter__(self):
         for server in self.servers:
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop answering; both ports refuse from now on."""
+    def __exit__(self, *_):
         if not self.closing.is_set():
             self.closing.set()
             for server in self.servers:
                 server.shutdown()
                 server.server_close()
 
-    def fail(self, name: str, *faults: Fault, at: str = "storage", always: bool = False) -> None:
+    close = __exit__
+
+    def fail(self, name, *faults, at="storage", always=False):
         if always:
             self.always[at, name] = faults[0]
         else:
             self.faults.setdefault((at, name), []).extend(faults)
 
-    def seen(self, place: str, name: str | None = None) -> list[Request]:
-        return [r for r in list(self.requests) if r.place == place and name in (None, r.name)]
+    def next_fault(self, place, name):
+        queued = self.faults.get((place, name))
+        return queued.pop(0) if queued else self.always.get((place, name), Fault())
 
-    def _server(self, place: str) -> ThreadingHTTPServer:
-        class Handler(_Handler):
-            hub = self
-
-        Handler.place = place
-        return _Server(("127.0.0.1", 0), Handler)
-
-    def _fault(self, place: str, name: str) -> Fault:
-        with self.lock:
-            queued = self.faults.get((place, name))
-            return queued.pop(0) if queued else self.always.get((place, name), Fault())
+    def seen(self, place, name):
+        return [headers for where, _, what, headers in self.requests if (where, what) == (place, name)]
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads, block_on_close = True, False
+def make_server(hub, place):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
 
-    def handle_error(self, *args) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed is no news
-            super().handle_error(*args)
+        def log_message(self, *_):
+            pass
 
+        def do_GET(self):
+            name = self.path.split("?")[0].rsplit("/", 1)[-1]
+            hub.requests.append((place, self.command, name, dict(self.headers)))
+            fault, path = hub.next_fault(place, name), hub.files.get(name)
+            if fault.gate:
+                fault.gate.wait()
+            with contextlib.suppress(ConnectionError):  # the client may hang up at any time
+                if not name:  # the hub's own address
+                    self.answer(200, {"Content-Length": "0"}, fault)
+                elif fault.status or path is None:
+                    self.answer(fault.status or 404, {"Content-Length": "0"}, fault)
+                elif place == "endpoint":
+                    self.redirect(name, path, fault)
+                else:
+                    self.serve(path, fault)
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: Hub
-    place: str
+        do_HEAD = do_GET
 
-    def log_message(self, *_) -> None:
-        pass
+        def answer(self, status, headers, fault):
+            self.send_response(status)
+            for key, value in (headers | fault.headers).items():
+                if value is not None:
+                    self.send_header(key, value)
+            self.end_headers()
 
-    def do_GET(self) -> None:
-        name = self.path.split("?")[0].rsplit("/", 1)[-1]
-        request = Request(self.place, self.command, name, dict(self.headers), time.monotonic())
-        self.hub.requests.append(request)
-        fault, path = self.hub._fault(self.place, name), self.hub.files.get(name)
-        if fault.gate:
-            fault.gate.wait()
-        with contextlib.suppress(ConnectionError):  # the client may hang up whenever it likes
-            if fault.status or path is None:
-                self._send(fault.status or 404, {"Content-Length": "0"}, fault)
-            elif self.place == "endpoint" and not self.hub.direct:
-                self._redirect(name, path, fault)
-            else:
-                self._serve(name, path, fault)
+        def redirect(self, name, path, fault):
+            headers = {"Location": f"{hub.storage}/blobs/{name}?X-Signature=secret", "Content-Length": "0"}
+            headers |= {"X-Repo-Commit": "0" * 40, "X-Linked-Size": str(path.stat().st_size)}
+            headers["X-Linked-Etag"] = f'"{sha256_of(path, path.stat().st_mtime_ns)}"'
+            self.answer(302, headers, fault)
 
-    do_HEAD = do_GET
+        def serve(self, path, fault):
+            body = path.read_bytes()
+            body = fault.body(body) if fault.body else body
+            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            start = int(asked[1]) if asked else 0
+            headers = {"Content-Type": "application/octet-stream", "Content-Length": str(len(body) - start)}
+            if asked:
+                headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            self.answer(206 if asked else 200, headers, fault)
+            limits = [limit for limit in (fault.cut, fault.stall) if limit is not None]
+            self.wfile.write(body[start : min([len(body), *(start + limit for limit in limits)])])
+            self.wfile.flush()
+            if fault.stall is not None:
+                hub.closing.wait()
+            if limits:
+                self.close_connection = True
 
-    def _send(self, status: int, headers: dict, fault: Fault) -> None:
-        self.send_response(status)
-        for key, value in (headers | fault.headers).items():
-            if value is not None:
-                self.send_header(key, value)
-        self.end_headers()
+    class Server(ThreadingHTTPServer):
+        daemon_threads, block_on_close = True, False
 
-    def _redirect(self, name: str, path: Path, fault: Fault) -> None:
-        headers = {"Location": f"{self.hub.storage}/blobs/{name}?X-Signature=secret", "Content-Length": "0"}
-        if self.hub.linked:
-            headers["X-Linked-Size"] = str(path.stat().st_size)
-            headers["X-Linked-Etag"] = f'"{_sha256(path, path.stat().st_mtime_ns)}"'
-        self._send(302, headers, fault)
+        def handle_error(self, *_):
+            if not isinstance(sys.exc_info()[1], ConnectionError):  # a client was killed
+                super().handle_error(*_)
 
-    def _serve(self, name: str, path: Path, fault: Fault) -> None:
-        etag = self.hub.etags.get(name) or f'"{_sha256(path, path.stat().st_mtime_ns)[:32]}"'
-        total, start, status = path.stat().st_size, 0, 200
-        altered = None
-        if fault.body:
-            altered = fault.body(path.read_bytes())
-            total = len(altered)
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        current = fault.ignore_if_range or self.headers.get("If-Range", etag) == etag
-        if asked and current and not fault.ignore_range:
-            start, status = int(asked[1]), 206
-            if start >= total:
-                return self._send(416, {"Content-Range": f"bytes */{total}", "Content-Length": "0"}, fault)
-        headers = {"ETag": etag, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
-        headers["Content-Length"] = str(total - start)
-        if status == 206:
-            headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
-        self._send(status, headers, fault)
-        if fault.headers.get("Content-Length", "") is None:
-            self.close_connection = True  # its end is the end of the body
-        if self.command == "HEAD":
-            return
-        limits = [limit for limit in (fault.cut, fault.stall) if limit is not None]
-        left = min([total - start, *limits])
-        if altered is not None:
-            self.wfile.write(altered[start : start + left])
-        else:
-            with open(path, "rb") as file:
-                file.seek(start)
-                while left and (block := file.read(min(left, BLOCK))):
-                    self.wfile.write(block)
-                    left -= len(block)
-        self.wfile.flush()
-        if fault.stall is not None:
-            self.hub.closing.wait()
-        if limits:
-            self.close_connection = True
-            if fault.reset:
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
+    return Server(("127.0.0.1", 0), Handler)
 
 
-_DIGESTS: dict[tuple[Path, int], str] = {}
+@cache
+def sha256_of(path, mtime):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _sha256(path: Path, mtime: int) -> str:
-    if (path, mtime) not in _DIGESTS:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(2**20):
-                digest.update(block)
-        _DIGESTS[path, mtime] = digest.hexdigest()
-    return _DIGESTS[path, mtime]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+def main():
+    folder = Path(sys.argv[1])
     files = {path.name: path for path in sorted(folder.glob("*.parquet"))}
-    if not files:
-        sys.exit(f"{folder} has no *.parquet")
-    files.setdefault(VAL_SHARD, files[max(files)])  # the last one, where none bears the name
-    with Hub(files) as hub:
+    files.setdefault(VAL_SHARD, files[max(files)])  # the last one, if none has this name
+    with Hub(files) as hub, contextlib.suppress(KeyboardInterrupt):
         print(f"HF_ENDPOINT={hub.endpoint}", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        threading.Event().wait()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """The loader: packed as a slow and obvious packer packs, never stale, and gone when its process goes."""
 
-import queue
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from itertools import chain, islice
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,8 +37,8 @@ def slow_rows(documents, T, passes):
 
 def make_documents(seed, count, longest):
     """`count` documents of 2 to `longest` tokens, no two of them the same list."""
-    dice = random.Random(seed)
-    return [[0] + [dice.randrange(1, 500) for _ in range(dice.randint(1, longest - 1))] for _ in range(count)]
+    rng = random.Random(seed)
+    return [[0] + [rng.randrange(1, 500) for _ in range(rng.randint(1, longest - 1))] for _ in range(count)]
 
 
 def as_files(documents):
@@ -151,66 +148,31 @@ def test_ctrl_c_ends_it(cache):
 
 
 # -----------------------------------------------------------------------------
-# Copies to a GPU, which are made later than they are asked for
+# Other devices
 
 
-class Late:
-    """Stands for a GPU that has other work: copies are made in order, each a while after it was asked for."""
-
-    def __init__(self, seconds):
-        self.seconds, self.queue = seconds, queue.Queue()
-        self.thread = threading.Thread(target=self.work, daemon=True)
-        self.thread.start()
-
-    def work(self):
-        for copy, stage, made in iter(self.queue.get, None):
-            time.sleep(self.seconds)
-            copy.copy_(stage)
-            made.set()
-
-    def settle(self):
-        self.queue.put(None)
-        self.thread.join(timeout=60)
-
-    def copy_to_gpu(self, stage, device):
-        assert device.type == "cuda"
-        copy, made = torch.full_like(stage, -1), threading.Event()
-        self.queue.put((copy, stage, made))
-        made.synchronize = made.wait
-        return copy, made
-
-
-def without_waiting(copy_to_gpu):
-    """The classic fault: the buffer is written again although its copy may be pending."""
-
-    def copy_and_forget(stage, device):
-        copy, _ = copy_to_gpu(stage, device)
-        return copy, SimpleNamespace(synchronize=lambda: None)
-
-    return copy_and_forget
-
-
-def arrives_as_packed(device, settle, delay=lambda: None, steps=30):
-    """Whether batches asked for ahead of their copies arrive as a loader without copies makes them.
-
-    `delay` is called when all buffers are there, `settle` when all has been asked for and may be looked at.
-    """
+def arrives_as_packed(device, delay=lambda: None, steps=30):
+    """Whether the batches on a device are those on the CPU. `delay` is called once the first batches are there."""
     tokens, offsets = as_files(make_documents(3, 3000, 50))
     expected = islice(prepare.batches(tokens, offsets, 8, 64, torch.device("cpu")), steps)
     loader = prepare.batches(tokens, offsets, 8, 64, device)
     arrived = list(islice(loader, prepare.PREFETCH))
     delay()
     arrived += islice(loader, steps - len(arrived))
-    settle()
     return all(
-        torch.equal(x.cpu(), x_then) and torch.equal(y.cpu(), y_then) and epoch == epoch_then
-        for (x, y, epoch), (x_then, y_then, epoch_then) in zip(arrived, expected)
+        torch.equal(x.cpu(), ref_x) and torch.equal(y.cpu(), ref_y) and epoch == ref_epoch
+        for (x, y, epoch), (ref_x, ref_y, ref_epoch) in zip(arrived, expected)
     )
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["as it is", "without waiting for the event"])
-def test_a_slow_copy_is_never_overtaken(monkeypatch, waits):
-    late = Late(0.02)
-    monkeypatch.setattr(prepare, "new_stage", lambda shape, pinned: torch.empty(shape, dtype=torch.int64))
-    monkeypatch.setattr(prepare, "copy_to_gpu", late.copy_to_gpu if waits else without_waiting(late.copy_to_gpu))
-    assert arrives_as_packed(torch.device("cuda"), late.settle) == waits
+def test_no_pinned_memory_without_cuda(monkeypatch):
+    """An Apple GPU has none. The tensors stay on the CPU here, since no such GPU is at hand."""
+    moved, to = [], torch.Tensor.to
+
+    def stay(tensor, device, **options):
+        moved.append((device.type, options))
+        return to(tensor, "cpu")
+
+    monkeypatch.setattr(torch.Tensor, "to", stay)
+    assert arrives_as_packed(torch.device("mps"))
+    assert ("mps", {"non_blocking": False}) in moved

@@ -113,7 +113,7 @@ def test_a_run_over_its_time_has_no_commit_to_its_name(cache, monkeypatch, capsy
 
     now = [100.0]
     monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(prepare, "started_from", ("abc1234", None))
+    monkeypatch.setattr(prepare, "run_commit", ("abc1234", None))
     facts = dict(mfu_percent=1, total_tokens=1, num_steps=1, num_params=1, depth=1, attention="sdpa")
     prepare.report(1.0, **facts)
     assert "the clock never ran" in capsys.readouterr().out
@@ -167,7 +167,7 @@ import time
 def hang_here(*arguments):
     time.sleep(60)
 train.train = hang_here
-prepare.RUN_GRACE = 3  # after a budget of 5 seconds
+prepare.START_GRACE = 3  # after a budget of 5 seconds
 """
     started = time.monotonic()
     done = run_python("-c", DRIVER, hang, cache=session_cache)
@@ -183,7 +183,7 @@ def test_the_first_batch_gives_the_watchdog_its_full_time(cache, monkeypatch):
     loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 2, 64, "train")
     for _ in range(3):
         next(loader)
-    assert limits == [prepare.TIME_BUDGET + prepare.RUN_GRACE, prepare.TIME_BUDGET + prepare.END_GRACE]
+    assert limits == [prepare.TIME_BUDGET + prepare.START_GRACE, prepare.TIME_BUDGET + prepare.END_GRACE]
 
 
 def test_a_seed_that_is_none_is_refused(session_cache):
