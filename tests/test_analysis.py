@@ -348,6 +348,7 @@ def test_a_night_of_waves(analyse):
     text = """ba5e11e 0.999 keep wave 1: baseline, seed 0
         ba5e11e 1.000 keep wave 1: baseline, seed 1
         ba5e11e 1.001 keep wave 1: baseline, seed 2
+        ba5e11e 0 crash wave 1: baseline, seed 3
         a000001 0.9970 discard wave 2: below the bar, not the best
         a000002 0.9960 keep wave 2: the best
         a000003 0 crash wave 2: crash
@@ -360,7 +361,7 @@ def test_a_night_of_waves(analyse):
     variables, printed = analyse(table(text))
     M = variables["WAVE_MARGIN"] * 0.001  # the baselines' mean is 1, their sd 0.001
     bars = [1 - M, 1 - M, 1 - M, 1 + M, 0.996 - M, 0.996 + M, 0.9955 - M, 0.9955 - M]
-    assert variables["runs"]["bar"].tolist() == pytest.approx([np.nan] * 3 + bars + [np.nan], nan_ok=True)
+    assert variables["runs"]["bar"].tolist() == pytest.approx([np.nan] * 4 + bars + [np.nan], nan_ok=True)
     assert variables["experiments"].query("differs")["commit"].tolist() == ["b000001", "b000002", "c000002"]
     ax = variables["fig"].axes[0]
     assert ax.get_xlabel() == "wave" and [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2", "3", "4"]
