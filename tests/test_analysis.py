@@ -301,7 +301,7 @@ def test_points_lines_and_band_are_where_the_numbers_are(analyse):
     assert points["discarded"] == [[2, 0.9945]]
     assert points["best so far"] == [[1, mean], [3, 0.9915], [3.5, 0.9915]]
     drawn = {part.get_label(): part for part in variables["fig"].axes[0].collections}
-    ends = np.array(drawn["bar"].get_segments())
+    ends = np.array(drawn["bar to beat"].get_segments())
     assert ends.ravel().tolist() == pytest.approx([1.5, 0.994, 2.5, 0.994, 2.5, 0.99404, 3.5, 0.99404])
     band, sd = drawn["another seed, ± 2 sd"].get_paths()[0].get_extents(), variables["noise"]["results.tsv"]
     assert (band.y0, band.y1) == pytest.approx((0.9915 - 2 * sd, 2.993 / 3 + 2 * sd))
