@@ -1,61 +1,59 @@
-"""analysis.ipynb, run top to bottom on the results files that nights really leave behind.
-
-Most cases run its code cells in this process and look at the tables, the printed text and the figure;
-two go through Jupyter itself, as a person or a script does.
-"""
+"""analysis.ipynb, run top to bottom on the tables that nights really leave: in this process, and through Jupyter."""
 
 import itertools
 import json
+import os
 import random
-import shutil
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
+from conftest import ROOT
+from test_program import decided
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 
-NOTEBOOK = Path(__file__).parents[1] / "analysis.ipynb"
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
-
-
-def row(commit, val_bpb, status="keep", description="an idea", memory_gb=44.0):
-    return f"{commit}\t{val_bpb:.6f}\t{memory_gb:.1f}\t{status}\t{description}"
+NOTEBOOK = ROOT / "analysis.ipynb"
+EVENING = (ROOT / "tests" / "evening.tsv").read_text(encoding="utf-8")
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+TWO = "ba5e11e 0.998; ba5e11e 0.996; "  # two runs of a baseline
 
 
-def lines(*rows, end="\n"):
-    return end.join([HEADER, *rows]) + end
+def row(commit, val_bpb, status="keep", description="an idea"):
+    return f"{commit}\t{val_bpb:.6f}\t44.0\t{status}\t{description}\n"
 
 
-def night(experiments, seed=0, noise=0.0006):
-    """A plausible results.tsv: three baseline runs, then ideas of which a few are kept and a few crash."""
+def table(text):
+    """'ba5e11e 0.998; aaaaaaa 0.99 discard some words' -> a results.tsv. What is left out is 'keep an idea'."""
+    cells = [part.split(None, 3) for part in re.split("[;\n]", text) if part.strip()]
+    return HEADER + "".join(row(commit, float(score), *more) for commit, score, *more in cells)
+
+
+def night(experiments, seed=0, noise=0.0006, wave=0):
+    """A plausible night: three baseline runs, then ideas, a few of them kept, a few crashed; if asked for, in waves."""
     rng = random.Random(seed)
     level, best = 0.9979, 0.9972
-    rows = [row("ba5e11e", level + shift, description="baseline") for shift in (-noise, 0, noise)]
+    ideas = [
+        "depth 9, width 640",
+        "RoPE base 200k",
+        "no soft cap",
+        "short window in all layers",
+        "a far longer tale " * 3,
+    ]
+    rows = [("ba5e11e", level + shift, "keep", "wave 1: " * bool(wave) + "baseline") for shift in (-noise, 0, noise)]
     for i in range(1, experiments):
-        idea = rng.choice(
-            [
-                "depth 9, width 640",
-                "RoPE base 200k",
-                "Muon lr 0.05",
-                "no soft cap",
-                "short window T/8 in all layers",
-                "a far longer story about value embeddings",
-            ]
-        )
-        if rng.random() < 0.06:
-            rows.append(row(f"{i:07x}", 0, "crash", idea, 0))
-            continue
+        idea = (f"wave {2 + (i - 1) // wave}: " if wave else "") + rng.choice(ideas)
         effect = rng.choice([0, 1, 2, 4, 6, -1, -3]) * noise if rng.random() < 0.97 else 1.5
-        score = level + effect + rng.gauss(0, noise)
-        if score < best - noise:
-            level, best = level + effect, score
-        rows.append(row(f"{i:07x}", score, "keep" if score == best else "discard", idea))
-    return lines(*rows[: 1 if experiments == 1 else None])
+        score, status = level + effect + rng.gauss(0, noise), "crash" if rng.random() < 0.06 else "discard"
+        if status != "crash" and score < best - noise:
+            level, best, status = level + effect, score, "keep"
+        rows.append((f"{i:07x}", score * (status != "crash"), status, idea))
+    return HEADER + "".join(row(*facts) for facts in rows[: 1 if experiments == 1 else None])
 
 
 @pytest.fixture
@@ -64,10 +62,10 @@ def analyse(tmp_path, monkeypatch, capsys):
 
     def run(files):
         for name, text in ({"results.tsv": files} if isinstance(files, str) else files).items():
-            (tmp_path / name).write_bytes(text.encode())
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         monkeypatch.chdir(tmp_path)
         variables = {}
-        for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
                 exec(compile("".join(cell["source"]), f"cell {cell['id']}", "exec"), variables)
         return variables, capsys.readouterr().out
@@ -76,308 +74,197 @@ def analyse(tmp_path, monkeypatch, capsys):
     plt.close("all")
 
 
-def legend(figure):
-    return {text.get_text() for text in figure.legends[0].get_texts()}
-
-
 def annotations(figure):
     return [child for ax in figure.axes for child in ax.get_children() if isinstance(child, Annotation)]
 
 
-def test_committed_notebook_is_clean():
-    notebook = json.loads(NOTEBOOK.read_text())
-    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
-    ids = [cell["id"] for cell in notebook["cells"]]
-    assert len(set(ids)) == len(ids) <= 15
+def marks(figure):
+    """Where the first night's points and lines are, by their name in the legend."""
+    return {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
 
 
-# ---------------------------------------------------------------------------
-# Files that are missing, empty or damaged
-# ---------------------------------------------------------------------------
-
-
-def test_no_file_says_what_to_do(analyse, tmp_path):
-    _, printed = analyse({})
-    assert f"No results*.tsv in {tmp_path}" in printed
-    assert "program.md" in printed and "run all cells again" in printed
-    assert "nothing to draw" in printed
-    assert not (tmp_path / "progress.png").exists()
-
-
-def test_header_only(analyse, tmp_path):
-    _, printed = analyse(lines())
-    assert "results.tsv: 0 runs" in printed and "malformed" not in printed
-    assert "No results*.tsv" not in printed
-    assert "nothing to draw" in printed and "No baseline yet" in printed
+@pytest.mark.parametrize("files", [{}, HEADER], ids=["no file", "header only"])
+def test_nothing_to_draw(analyse, tmp_path, files):
+    _, printed = analyse(files)
+    for words in (f"No results*.tsv in {tmp_path}", "program.md", "run all cells again"):
+        assert (words in printed) == (not files)
+    assert "malformed" not in printed and "nothing to draw" in printed and "No baseline yet" in printed
     assert not (tmp_path / "progress.png").exists()
 
 
 def test_one_row(analyse, tmp_path):
-    variables, printed = analyse(lines(row("ba5e11e", 0.9979, description="baseline")))
+    variables, printed = analyse(table("ba5e11e 0.9979 keep baseline"))
     assert "noise is unknown" in printed and "two more seeds" in printed
     assert "baseline 0.997900 (1 runs) -> best 0.997900" in printed
-    assert "Nothing that was kept is better than the baseline." in printed and "No gain yet." in printed
+    assert "Nothing that was kept is better than the baseline." in printed and "0 gains" in printed
+    assert "no run has a bar yet" in printed and "nothing to merge" in printed
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert [note.get_text() for note in annotations(variables["fig"])] == ["#1 baseline"]
-    assert "another seed of it, ± 2 sd" not in legend(variables["fig"])
+    assert set(marks(variables["fig"])) == {"kept", "best so far"}
 
 
-def test_no_keeps(analyse):
-    variables, printed = analyse(lines(row("aaaaaaa", 0.99, "discard"), row("bbbbbbb", 0.98, "discard")))
-    assert "No baseline yet: nothing was kept." in printed
+@pytest.mark.parametrize("status, mark", [("discard", "discarded"), ("crash", "crashed")])
+def test_nothing_kept(analyse, status, mark):
+    variables, printed = analyse(table(f"aaaaaaa 0.99 {status}; bbbbbbb 0.98 {status}"))
+    assert "No baseline yet: nothing was kept." in printed and "no run has a bar yet" in printed
     assert "no baseline yet" in variables["fig"].axes[0].get_title(loc="left")
-    assert variables["outcomes"].loc["results.tsv", "keep rate"] == 0
-    assert legend(variables["fig"]) == {"discarded"}
-
-
-def test_nothing_but_crashes(analyse):
-    variables, printed = analyse(lines(row("aaaaaaa", 0, "crash"), row("bbbbbbb", 0, "crash")))
-    assert list(variables["outcomes"].loc["results.tsv", ["experiments", "keep", "crash"]]) == [2, 0, 2]
-    assert legend(variables["fig"]) == {"crashed"}
-    assert "No baseline yet" in printed
+    assert list(variables["outcomes"].loc["results.tsv", ["experiments", "keep", status, "keep rate"]]) == [2, 0, 2, 0]
+    assert set(marks(variables["fig"])) == {mark}
 
 
 def test_malformed_lines_are_counted_and_shown(analyse):
-    good = row("ba5e11e", 0.9979, description="baseline")
-    bad = [
-        "just words",
-        row("aaaaaaa", 0.5, "kept"),
-        row("bbbbbbb", 0.0, "keep"),
-        row("", 0.97),
-        "ccccccc\tnan\t44.0\tkeep\tx",
-        "ddddddd\t0.9x\t44.0\tkeep\tx",
-        "eeeeeee\t0.97\tmuch\tkeep\tx",
-        "fffffff\tinf\t44.0\tkeep\tx",
-    ]
-    variables, printed = analyse(lines(good, *bad, "", good))
+    bad = {
+        "just words\n": "1 of 5 fields",
+        row("aaaaaaa", 0.5, "kept"): "status 'kept' is none of",
+        row("bbbbbbb", 0.0, "keep"): "val_bpb 0.0 with status keep",
+        row("", 0.97): "no commit",
+        "ccccccc\tnan\t44.0\tkeep\tx\n": "val_bpb nan",
+        "ddddddd\t0.9x\t44.0\tkeep\tx\n": "val_bpb '0.9x' is no number",
+        "eeeeeee\t0.97\tmuch\tkeep\tx\n": "memory_gb 'much' is no",
+        "fffffff\tinf\t44.0\tkeep\tx\n": "val_bpb inf",
+    }
+    variables, printed = analyse(HEADER + row("ba5e11e", 0.998) + "".join(bad) + "\n" + row("ba5e11e", 0.996))
     assert f"{len(bad)} malformed" in printed
-    for number, line in enumerate(bad, start=3):  # line 1 is the header, line 2 the good one
-        assert f"results.tsv, line {number}: " in printed and repr(line) in printed
-    for reason in (
-        "1 of 5 fields",
-        "'kept' is none of",
-        "val_bpb 0.0 with status keep",
-        "no commit",
-        "val_bpb nan",
-        "val_bpb inf",
-        "val_bpb '0.9x' is no number",
-        "memory_gb 'much' is no",
-    ):
-        assert reason in printed
+    for number, (line, reason) in enumerate(bad.items(), start=3):  # line 1 is the header, line 2 the good one
+        assert f"results.tsv, line {number}: {reason}" in printed and repr(line[:-1]) in printed
     assert variables["experiments"]["runs"].tolist() == [2]
 
 
 def test_torn_last_line(analyse):
-    whole = lines(row("ba5e11e", 0.9979), row("aaaaaaa", 0.9900))
+    whole = table("ba5e11e 0.9979; aaaaaaa 0.99")
     for cut in ("bbbbbbb", "bbbbbbb\t0.98", "bbbbbbb\t0.980000\t44.0\tke", "bbbbbbb\t0.980000\t44.0\tkeep"):
         variables, printed = analyse(whole + cut)
-        assert "1 malformed" in printed and repr(cut) in printed
-        assert variables["kept"]["score"].min() == 0.99
-    variables, printed = analyse(whole + row("bbbbbbb", 0.98))  # only the line's end is missing
+        assert "1 malformed" in printed and repr(cut) in printed and variables["kept"]["score"].min() == 0.99
+    variables, printed = analyse(whole + row("bbbbbbb", 0.98)[:-1])  # only the line's end is missing
     assert "malformed" not in printed and variables["kept"]["score"].min() == 0.98
 
 
-def test_windows_line_ends_and_byte_order_mark(analyse):
-    rows = row("ba5e11e", 0.9979, description="baseline"), row("aaaaaaa", 0.99, description="an idea")
-    variables, printed = analyse("\ufeff" + lines(*rows, "", "torn", end="\r\n"))
-    assert "1 malformed" in printed and "line 5: 1 of 5 fields: 'torn'" in printed and "2 runs" in printed
-    assert variables["experiments"]["description"].tolist() == ["baseline", "an idea"]
+def test_windows_line_ends_byte_order_mark_and_letters_that_are_no_utf8(analyse):
+    text = ("\ufeff" + table("ba5e11e 0.9979 keep baseline; aaaaaaa 0.99") + "\ntorn\n").replace("\n", "\r\n").encode()
+    variables, printed = analyse({"results.tsv": text + b"bbbbbbb\t0.98\t1\tkeep\tcaf\xe9\r\n"})
+    assert "1 malformed" in printed and "line 5: 1 of 5 fields: 'torn'" in printed and "3 runs" in printed
+    assert variables["experiments"]["description"].tolist() == ["baseline", "an idea", "caf\ufffd"]
 
 
 def test_quotes_tabs_and_dollars_in_a_description(analyse):
     odd = ["\"unbalanced, and 'quoted'", "tabs\ttoo\tmany", "costs $x_$ <b>&amp;", "x" * 300]
     rows = [row(f"{i}aaaaaa", 0.99 - i / 1000, description=text) for i, text in enumerate(odd)]
-    variables, printed = analyse(lines(*rows))
+    variables, printed = analyse(HEADER + "".join(rows))
     assert "1 with tabs in the description" in printed and "malformed" not in printed
     assert variables["experiments"]["description"].tolist() == [odd[0], "tabs too many", odd[2], odd[3]]
     texts = [note.get_text() for note in annotations(variables["fig"])]
-    assert "#3 " + odd[2] in texts
-    assert max(map(len, texts)) <= 40
-
-
-def test_letters_that_are_no_utf8(analyse, tmp_path):
-    latin = b"aaaaaaa\t0.98\t1\tkeep\tcaf\xe9\n"
-    (tmp_path / "results.tsv").write_bytes(lines(row("ba5e11e", 0.99)).encode() + latin)
-    variables, _ = analyse({})
-    assert variables["experiments"]["description"].tolist() == ["an idea", "caf\ufffd"]
-
-
-# ---------------------------------------------------------------------------
-# Baseline, best, noise
-# ---------------------------------------------------------------------------
+    assert "#3 " + odd[2] in texts and max(map(len, texts)) <= 40
 
 
 def test_crashes_never_win_and_never_are_the_baseline(analyse):
-    variables, printed = analyse(
-        lines(
-            row("aaaaaaa", 0, "crash", "out of memory"),
-            row("bbbbbbb", 0.97, "discard", "not from the branch"),
-            row("ba5e11e", 0.9979, description="baseline"),
-            row("ccccccc", 0, "crash"),
-            row("ddddddd", 0.9900),
-        )
-    )
-    assert "baseline 0.997900 (1 runs) -> best 0.990000 (1 runs, #5 ddddddd" in printed
-    outcomes = variables["outcomes"].loc["results.tsv"]
-    assert list(outcomes[["experiments", "keep", "discard", "crash"]]) == [5, 2, 1, 2]
-    assert outcomes["keep rate"] == 1 / 4  # one of four ideas: the baseline is none
+    text = "aaaaaaa 0 crash; bbbbbbb 0.97 discard; ba5e11e 0 crash; ba5e11e 0.9979; ccccccc 0 crash; aaaaaaa 0.99"
+    variables, printed = analyse(table(text))
+    assert "baseline 0.997900 (1 runs) -> best 0.990000 (1 runs, #4 aaaaaaa" in printed
+    # one of three ideas: the baseline is none
+    outcomes = variables["outcomes"].loc["results.tsv", ["experiments", "keep", "discard", "crash", "keep rate"]]
+    assert outcomes.tolist() == [4, 2, 1, 1, 1 / 3]
     title = variables["fig"].axes[0].get_title(loc="left")
-    assert "baseline 0.9979 → best 0.9900 (0.79% lower), 1 of 4 ideas kept" in title
-
-
-def test_a_crashed_seed_does_not_spoil_its_commit(analyse):
-    variables, _ = analyse(lines(row("ba5e11e", 0, "crash"), row("ba5e11e", 0.998), row("ba5e11e", 0.996)))
-    assert variables["kept"].iloc[0][["score", "runs"]].tolist() == [pytest.approx(0.997), 2]
-
-
-def test_baseline_is_the_first_row_kept(analyse):
-    # aaaaaaa crashed before the baseline and was kept after it.
-    rows = row("aaaaaaa", 0, "crash"), row("ba5e11e", 0.998), row("aaaaaaa", 0.99)
-    variables, printed = analyse(lines(*rows))
-    assert variables["kept"]["commit"].tolist() == ["ba5e11e", "aaaaaaa"]
-    assert "baseline 0.998000 (1 runs) -> best 0.990000" in printed
+    assert "baseline 0.9979 → best 0.9900 (0.79% lower), 1 of 3 ideas kept" in title
 
 
 def test_repeats_are_averaged_and_give_the_noise(analyse):
     # By hand: variance 1 (2 degrees) of the baseline's 1, 2, 3 and 2 (1 degree) of bbbbbbb's 0, 2: 4/3.
-    variables, printed = analyse(
-        lines(
-            *(row("ba5e11e", 0.990 + i / 1000, description="baseline") for i in (1, 2, 3)),
-            row("aaaaaaa", 0.9915, description="small"),
-            row("bbbbbbb", 0.950, description="large"),
-            row("ccccccc", 0.995, "discard"),
-            row("bbbbbbb", 0.952, description="large again"),
-        )
-    )
-    assert variables["noise"]["results.tsv"] == pytest.approx((4 / 3) ** 0.5 * 1e-3)
-    assert variables["outcomes"].loc["results.tsv", "from repeats"] == 3
-    kept = variables["kept"].set_index("commit")
-    assert len(variables["experiments"]) == 4
-    assert kept["score"].tolist() == [pytest.approx(0.992), pytest.approx(0.9915), pytest.approx(0.951)]
-    assert kept["gain"].tolist()[1:] == [pytest.approx(0.0005), pytest.approx(0.0405)]
+    text = "ba5e11e 0.991; ba5e11e 0.992; ba5e11e 0.993; aaaaaaa 0.9915; bbbbbbb 0.95; ccccccc 1 discard; bbbbbbb 0.952"
+    variables, printed = analyse(table(text))
+    noise, kept = variables["outcomes"].loc["results.tsv", ["noise (sd)", "from repeats"]], variables["kept"]
+    assert noise.tolist() == pytest.approx([(4 / 3) ** 0.5 * 1e-3, 3])
+    assert kept["score"].tolist() == pytest.approx([0.992, 0.9915, 0.951])
+    assert kept["gain"].tolist()[1:] == pytest.approx([0.0005, 0.0405])
     assert kept["verdict"].tolist() == ["baseline", "within noise", ""]
-    assert kept["share"].tolist()[1:] == [pytest.approx(0.0005 / 0.041), pytest.approx(0.0405 / 0.041)]
+    assert kept["share"].tolist()[1:] == pytest.approx([0.0005 / 0.041, 0.0405 / 0.041])
     assert "2 gains, 1 of them within noise" in printed
     # The best was chosen for its first run, 0.950: only the second is a fair one.
     assert "on seeds it was not chosen by: 0.952000 (1 runs), gain 0.040000 ± 0.001333" in printed
-    assert "another seed of it, ± 2 sd" in legend(variables["fig"])
+    assert "identical to the last digit" in analyse(table("ba5e11e 0.998; ba5e11e 0.998; aaaaaaa 0.99"))[1]
 
 
-@pytest.mark.parametrize(
-    "gain, verdict", [(0.0034, "within noise"), (0.0035, ""), (-0.0034, "within noise"), (-0.0035, "worse")]
-)
+@pytest.mark.parametrize("gain, verdict", zip([3.4, 3.5, -3.4, -3.5], ["within noise", "", "within noise", "worse"]))
 def test_within_noise_is_two_standard_errors(analyse, gain, verdict):
     # Noise 0.001414, two runs against one: 2 * 0.001414 * sqrt(1/2 + 1) = 0.00346.
-    rows = row("ba5e11e", 0.998), row("ba5e11e", 0.996), row("aaaaaaa", 0.997 - gain)
-    assert analyse(lines(*rows))[0]["kept"]["verdict"].tolist() == ["baseline", verdict]
-
-
-def test_best_that_ran_once_is_called_lucky(analyse):
-    _, printed = analyse(lines(row("ba5e11e", 0.998), row("ba5e11e", 0.996), row("aaaaaaa", 0.95)))
-    assert "The best ran once and is partly luck" in printed and "three fresh seeds" in printed
-
-
-def test_identical_repeats_are_questioned(analyse):
-    _, printed = analyse(lines(row("ba5e11e", 0.998), row("ba5e11e", 0.998), row("aaaaaaa", 0.99)))
-    assert "identical to the last digit" in printed
+    variables, printed = analyse(table(f"{TWO} aaaaaaa {0.997 - gain / 1000}"))
+    assert variables["kept"]["verdict"].tolist() == ["baseline", verdict]
+    assert ("The best ran once and is partly luck" in printed) == (gain > 0)
 
 
 def test_kept_for_simplicity_is_neither_best_nor_a_hit(analyse):
-    variables, printed = analyse(lines(row("ba5e11e", 0.998), row("aaaaaaa", 0.990), row("bbbbbbb", 0.991)))
-    assert variables["kept"]["best"].tolist() == [0.998, 0.99, 0.99]
-    assert variables["kept"]["gain"].tolist()[2] == pytest.approx(-0.001)
-    assert variables["kept"]["share"].tolist()[1:] == [1, 0]
-    assert "best 0.990000 (1 runs, #2 aaaaaaa" in printed
-    assert "The branch ends elsewhere: #3 bbbbbbb" in printed
-    assert "1 gains" in printed
+    variables, printed = analyse(table("ba5e11e 0.998; aaaaaaa 0.990; bbbbbbb 0.991"))
+    kept = variables["kept"]
+    assert kept["best"].tolist() == [0.998, 0.99, 0.99] and kept["share"].tolist()[1:] == [1, 0]
+    assert kept["gain"].tolist()[1:] == pytest.approx([0.008, -0.001])
+    for words in ("best 0.990000 (1 runs, #2 aaaaaaa", "1 gains", "The branch ends elsewhere: #3 bbbbbbb"):
+        assert words in printed
 
 
 def test_only_the_ten_largest_gains_are_hits(analyse):
-    steps = [row(f"{i:07x}", 0.99 - i * i / 10_000) for i in range(1, 15)]
-    _, printed = analyse(lines(row("ba5e11e", 0.99), *steps))
+    steps = [f"{i:07x} {0.99 - i * i / 10_000}" for i in range(1, 15)]
+    _, printed = analyse(table("; ".join(["ba5e11e 0.99", *steps])))
     hits = printed.split("14 gains")[1].split("-> best")[0]
     assert [f"{i:07x}" in hits for i in range(1, 15)] == [False] * 4 + [True] * 10
     assert hits.index("000000e") < hits.index("0000005")
 
 
 def test_three_files_are_told_apart(analyse):
-    base = row("ba5e11e", 0.998), row("ba5e11e", 0.996)
-    variables, printed = analyse(
-        {
-            "results.tsv": lines(*base, row("aaaaaaa", 0.99)),
-            "results-gpu1.tsv": lines(*base, row("aaaaaaa", 0.98), row("bbbbbbb", 0.97), "torn"),
-            "results_b.tsv": lines(row("ba5e11e", 1.5), row("aaaaaaa", 0, "crash")),
-            "other.tsv": lines(row("ba5e11e", 0.1)),
-        }
-    )
-    assert variables["outcomes"]["experiments"].to_dict() == {
-        "results-gpu1.tsv": 3,
-        "results.tsv": 2,
-        "results_b.tsv": 2,
-    }
-    assert set(variables["noise"].index) == {"results.tsv", "results-gpu1.tsv"}
-    assert "results_b.tsv: nothing was run twice" in printed
-    assert "results-gpu1.tsv, line 6: 1 of 5 fields" in printed
+    texts = {"s": f"{TWO} aaaaaaa 0.99", "s-gpu1": f"{TWO} aaaaaaa 0.98; bbbbbbb 0.97", "s_b": "ba5e11e 1.5; a 0 crash"}
+    files = {f"result{name}.tsv": table(text) for name, text in texts.items()}
+    variables, printed = analyse({**files, "results-gpu1.tsv": files["results-gpu1.tsv"] + "torn", "other.tsv": "torn"})
+    experiments = variables["outcomes"]["experiments"].to_dict()
+    assert experiments == {"results-gpu1.tsv": 3, "results.tsv": 2, "results_b.tsv": 2}
+    assert "results_b.tsv: nothing was run twice" in printed and "results-gpu1.tsv, line 6: 1 of 5 fields" in printed
     assert "results.tsv: baseline 0.997000 (2 runs) -> best 0.990000" in printed
     assert "results-gpu1.tsv: baseline 0.997000 (2 runs) -> best 0.970000" in printed
-    titles = [ax.get_title(loc="left") for ax in variables["fig"].axes]
-    assert [title.split(":")[0] for title in titles] == ["results-gpu1.tsv", "results.tsv", "results_b.tsv"]
+    titles = [ax.get_title(loc="left").split(":")[0] for ax in variables["fig"].axes]
+    assert titles == ["results-gpu1.tsv", "results.tsv", "results_b.tsv"]
     assert_legible(variables["fig"])
-
-
-# ---------------------------------------------------------------------------
-# The picture
-# ---------------------------------------------------------------------------
 
 
 def assert_legible(figure):
     """No text of the figure touches another or leaves the page, and no label hides a point."""
     figure.draw_without_rendering()
-    renderer, texts = figure.canvas.get_renderer(), list(figure.legends[0].get_texts())
+    renderer, texts, notes = figure.canvas.get_renderer(), list(figure.legends[0].get_texts()), annotations(figure)
     for ax in figure.axes:
         texts += [ax._left_title, ax.xaxis.label, ax.yaxis.label]
         for axis in (ax.xaxis, ax.yaxis):  # ticks beyond the axis's ends exist, but are not drawn
             first, last = axis.get_view_interval()
             texts += [tick.label1 for tick in axis.get_major_ticks() if first <= tick.get_loc() <= last]
-    notes = annotations(figure)
+    shown = [text for text in (*texts, *notes) if text.get_text() and text.get_visible()]
     # An Annotation's own extent includes its leader, so ask for that of its text.
-    boxes = [
-        (text.get_text(), matplotlib.text.Text.get_window_extent(text, renderer))
-        for text in (*texts, *notes)
-        if text.get_text() and text.get_visible()
-    ]
+    boxes = [(text.get_text(), Text.get_window_extent(text, renderer)) for text in shown]
     for (one, a), (other, b) in itertools.combinations(boxes, 2):
         assert not a.overlaps(b), f"{one!r} overlaps {other!r}"
     for text, box in boxes:
-        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, f"{text!r} leaves the page"
-        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, f"{text!r} leaves the page"
+        assert (figure.bbox.min <= box.min).all() and (box.max <= figure.bbox.max).all(), f"{text!r} leaves the page"
     for note in notes:
-        box = matplotlib.text.Text.get_window_extent(note, renderer)
+        box = Text.get_window_extent(note, renderer)
         assert note.get_fontsize() >= 8
         for points in (line for line in note.axes.lines if line.get_marker() != "None"):
             for x, y in note.axes.transData.transform(points.get_xydata()):
                 assert not box.padded(2).contains(x, y), f"{note.get_text()!r} covers a point"
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed, wave", [(0, 0), (1, 0), (0, 8)])
 @pytest.mark.parametrize("experiments", [1, 5, 25, 120])
-def test_labels_never_overlap(analyse, experiments, seed):
-    variables, _ = analyse(night(experiments, seed))
-    assert len(variables["experiments"]) == experiments
+def test_labels_never_overlap(analyse, experiments, seed, wave):
+    variables, _ = analyse(night(experiments, seed, wave=wave))
+    outcomes, kept = variables["outcomes"].loc["results.tsv"], variables["kept"]
+    assert outcomes["keep"] + outcomes["discard"] + outcomes["crash"] == outcomes["experiments"] == experiments
+    assert kept["gain"].clip(lower=0).sum() == pytest.approx(kept["score"].iloc[0] - kept["score"].min())
     assert_legible(variables["fig"])
     labels = {note.get_text().split()[0] for note in annotations(variables["fig"])}
-    kept = variables["kept"]
     assert "#1" in labels and f"#{kept.loc[kept['score'].idxmin(), 'number']}" in labels
     assert len(labels) >= 0.6 * min(len(kept), 12)
+    looks = {(line.get_marker(), line.get_markerfacecolor() == "none") for line in variables["fig"].axes[0].lines}
+    assert len(looks) == len(variables["fig"].axes[0].lines)  # every kind has its own shape besides its colour
 
 
 def test_120_keeps_still_leave_the_labels_legible(analyse):
     rng = random.Random(0)
-    scores = [2.31]
-    while len(scores) < 120:
-        scores.append(scores[-1] - rng.expovariate(500))
-    rows = [row(f"{i:07x}", score, description="words " * 20) for i, score in enumerate(scores)]
-    variables, _ = analyse(lines(*rows))
+    scores = itertools.accumulate((rng.expovariate(500) for _ in range(119)), lambda a, b: a - b, initial=2.31)
+    variables, _ = analyse(table("\n".join(f"{i:07x} {score} keep {'words ' * 20}" for i, score in enumerate(scores))))
     assert_legible(variables["fig"])
     assert 8 <= len(annotations(variables["fig"])) <= 40
 
@@ -390,95 +277,173 @@ def test_the_legibility_check_can_fail(analyse):
     with pytest.raises(AssertionError, match="overlaps"):
         assert_legible(variables["fig"])
     copy.remove()
-    assert_legible(variables["fig"])
-    note.xyann = (0, 0)
-    with pytest.raises(AssertionError, match="covers a point"):
-        assert_legible(variables["fig"])
-    note.xyann = (9999, 0)
-    with pytest.raises(AssertionError, match="leaves the page"):
-        assert_legible(variables["fig"])
+    for place, complaint in (((0, 0), "covers a point"), ((9999, 0), "leaves the page")):
+        note.xyann = place
+        with pytest.raises(AssertionError, match=complaint):
+            assert_legible(variables["fig"])
 
 
 def test_one_bad_run_does_not_blow_up_the_picture(analyse):
-    rows = [row("ba5e11e", 0.998), row("aaaaaaa", 0.990), row("bbbbbbb", 0.995, "discard")]
-    wild = [row("ccccccc", 7.1, "discard"), row("ddddddd", 0.2, "discard"), row("eeeeeee", 0, "crash")]
-    variables, _ = analyse(lines(*rows, *wild))
-    ax = variables["fig"].axes[0]
-    low, high = ax.get_ylim()
+    figure = analyse(table("a 0.998; b 0.99; c 0.995 discard; d 7.1 discard; e 0.2 discard; f 0 crash"))[0]["fig"]
+    low, high = figure.axes[0].get_ylim()
     assert 0.98 < low < 0.99 and 0.998 < high < 1.01
-    assert {"outside the picture", "crashed"} <= legend(variables["fig"])
-    marks = {line.get_marker(): line.get_xydata().tolist() for line in ax.lines}
-    assert [x for x, _ in marks["^"]] == [4] and [x for x, _ in marks["v"]] == [5]
-    assert marks["x"] == [[6, pytest.approx(high)]]  # a crash has no score: it sits on the edge
+    points = {line.get_marker(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert [x for x, _ in points["^"]] == [4] and [x for x, _ in points["v"]] == [5]
+    assert marks(figure)["crashed"] == [[6, pytest.approx(high)]]  # a crash has no score: it sits on the edge
 
 
-def test_points_line_and_band_are_where_the_numbers_are(analyse):
-    baseline = row("ba5e11e", 0.998), row("ba5e11e", 0.996)
-    variables, _ = analyse(lines(*baseline, row("aaaaaaa", 0.994, "discard"), row("bbbbbbb", 0.990)))
+def test_points_lines_and_band_are_where_the_numbers_are(analyse):
+    # By hand: the baselines' lowest is 0.996, M = 2/3 * 0.003 = 0.002, and after one discard M * 49/50 = 0.00196.
+    text = f"{TWO} ba5e11e 0.999; aaaaaaa 0.9945 discard; bbbbbbb 0.99; bbbbbbb 0.993 keep check, seed 100"
+    variables, printed = analyse(table(text))
+    points, mean = marks(variables["fig"]), pytest.approx(2.993 / 3)
+    assert points["kept"] == [[1, mean], [3, 0.99]]  # the number that it was kept for, not the mean
+    assert points["discarded"] == [[2, 0.9945]]
+    assert points["best so far"] == [[1, mean], [3, 0.9915], [3.5, 0.9915]]
+    drawn = {part.get_label(): part for part in variables["fig"].axes[0].collections}
+    ends = np.array(drawn["bar to beat"].get_segments())
+    assert ends.ravel().tolist() == pytest.approx([1.5, 0.994, 2.5, 0.994, 2.5, 0.99404, 3.5, 0.99404])
+    band, sd = drawn["another seed, ± 2 sd"].get_paths()[0].get_extents(), variables["noise"]["results.tsv"]
+    assert (band.y0, band.y1) == pytest.approx((0.9915 - 2 * sd, 2.993 / 3 + 2 * sd))
+    assert "0 of 2 decisions differ" in printed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bar_is_that_of_program_md(analyse, tmp_path, seed):
+    # A random table, decided at random: before each run, program.md's own command says what its bar is.
+    rng = random.Random(seed)
+    rows = [row("ba5e11e", rng.uniform(0.99, 1.01)) for _ in range(3)]
+    for i in range(40 if seed % 2 else 80):  # half of the tables have more than 50 discards in a row
+        status = rng.choices(["keep", "discard", "crash"], [1 if seed % 2 else 0.01, 1, 0.2])[0]
+        text = rng.choices(["an idea", "simpler: no idea", "check, seed 100", "a check"], [6, 2, 1, 1])[0]
+        rows.append(row(f"{i:07x}", 0 if status == "crash" else rng.uniform(0.98, 1.01), status, text))
+    runs = analyse(HEADER + "".join(rows))[0]["runs"]
+    for i, run in runs[3:].iterrows():
+        if run["description"].startswith("check"):
+            assert np.isnan(run["bar"])
+            continue
+        (tmp_path / "results.tsv").write_text(HEADER + "".join(rows[:i]))
+        (tmp_path / "run.log").write_text(f"val_bpb:          {run['val_bpb']:.6f}\n")
+        (_, _, _, below, simpler), verdict = decided(tmp_path)
+        assert f"{run['bar']:.6f}" == f"{simpler if run['simpler'] else below:.6f}"
+        keep = verdict == "keep" or (run["simpler"] and verdict != "discard")
+        assert run["status"] == "crash" or run["rule"] == ("keep" if keep else "discard")
+    assert set(runs["rule"]) == {"keep", "discard"} and runs["simpler"].any()
+
+
+def test_decisions_that_differ_are_counted_named_and_marked(analyse):
+    # By hand: M is 0.004.
+    text = "ba5e11e 0.990; ba5e11e 0.993; ba5e11e 0.996; aaaaaaa 0.985 discard well; bbbbbbb 0.987 keep ill"
+    text += "; ccccccc 0 crash; ddddddd 0.9909 keep simpler: fine; eeeeeee 0.991001 keep simpler: not fine"
+    variables, printed = analyse(table(text))
+    assert "3 of 4 decisions differ from program.md's rule" in printed
+    assert "  #2 aaaaaaa: 0.985000, bar 0.986000, discard: well" in printed
+    assert "  #3 bbbbbbb: 0.987000, bar 0.986080, keep: ill" in printed
+    assert "  #6 eeeeeee: 0.991001, bar 0.991000, keep: simpler: not fine" in printed
+    assert marks(variables["fig"])["differs from the rule"] == [[2, 0.985], [3, 0.987], [6, 0.991001]]
+    assert "#2 well" in [note.get_text() for note in annotations(variables["fig"])]
+
+
+def test_a_night_of_waves(analyse):
+    text = """ba5e11e 0.999 keep wave 1: baseline, seed 0
+        ba5e11e 1.000 keep wave 1: baseline, seed 1
+        ba5e11e 1.001 keep wave 1: baseline, seed 2
+        ba5e11e 0 crash wave 1: baseline, seed 3
+        a000001 0.9970 discard wave 2: below the bar, not the best
+        a000002 0.9960 keep wave 2: the best
+        a000003 0 crash wave 2: crash
+        a000004 1.0005 discard wave 2: simpler: below its bar, not the best
+        b000001 0.9955 keep wave 3: not below the bar
+        b000002 0.9960 discard wave 3: simpler: below its bar
+        c000001 0.9900 keep wave 4: the best
+        c000002 0.9901 keep wave 4: the second
+        ba5e11e 1.0000 keep check, seed 100"""
+    variables, printed = analyse(table(text))
+    M = variables["WAVE_MARGIN"] * 0.001  # the baselines' mean is 1, their sd 0.001
+    bars = [1 - M, 1 - M, 1 - M, 1 + M, 0.996 - M, 0.996 + M, 0.9955 - M, 0.9955 - M]
+    assert variables["runs"]["bar"].tolist() == pytest.approx([np.nan] * 4 + bars + [np.nan], nan_ok=True)
+    assert variables["experiments"].query("differs")["commit"].tolist() == ["b000001", "b000002", "c000002"]
     ax = variables["fig"].axes[0]
-    kept, best, discarded = (
-        next(line for line in ax.lines if line.get_label() == label)
-        for label in ("kept", "best kept so far", "discarded")
-    )
-    assert kept.get_xydata().tolist() == [[1, pytest.approx(0.997)], [3, 0.99]]
-    assert discarded.get_xydata().tolist() == [[2, 0.994]]
-    assert best.get_xydata().tolist() == [[1, pytest.approx(0.997)], [3, 0.99], [3.5, 0.99]]
-    band = ax.collections[0].get_paths()[0].get_extents()
-    sd = 0.002 / 2**0.5
-    assert (band.y0, band.y1) == (pytest.approx(0.99 - 2 * sd), pytest.approx(0.997 + 2 * sd))
+    assert ax.get_xlabel() == "wave" and [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2", "3", "4"]
+    assert [(patch.get_x(), patch.get_width()) for patch in ax.patches] == [(1.5, 4), (7.5, 2)]  # waves 2 and 4
+    assert "3 of 7 decisions differ" in printed and "results.tsv: 4 waves" in printed and "minutes" not in printed
+    assert variables["waves"].loc[2, ["keep", "discard", "crash", "best"]].tolist() == [1, 2, 1, "0.996000"]
 
 
-def test_colours_differ_for_every_eye(analyse):
-    # Blue and vermilion differ for all colour vision, and every kind has its own shape besides.
-    variables, _ = analyse(night(120))
-    lines_ = {line.get_label(): line for line in variables["fig"].axes[0].lines}
-    assert (lines_["kept"].get_color(), lines_["crashed"].get_color()) == ("#0072B2", "#D55E00")
-    shapes = {(line.get_marker(), line.get_markerfacecolor() == "none") for line in lines_.values()}
-    assert len(shapes) == len(lines_)
+@pytest.fixture
+def commit(tmp_path, monkeypatch):
+    """commit(text, minute) makes train.py's next commit in a repository beside the table; returns its short name."""
+    for part in ("AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL"):
+        monkeypatch.setenv(f"GIT_{part}", "a@example.org")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
 
-
-def test_120_rows_add_up(analyse):
-    variables, _ = analyse(night(118))  # 120 rows, three of them the baseline's
-    outcomes, kept = variables["outcomes"].loc["results.tsv"], variables["kept"]
-    assert len(variables["runs"]) == 120
-    assert outcomes["keep"] + outcomes["discard"] + outcomes["crash"] == outcomes["experiments"] == 118
-    assert outcomes["crash"] > 0 and outcomes["keep"] > 3
-    assert kept["share"].sum() == pytest.approx(1)
-    assert kept["gain"].clip(lower=0).sum() == pytest.approx(kept["score"].iloc[0] - kept["score"].min())
-
-
-# ---------------------------------------------------------------------------
-# Through Jupyter
-# ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("files", [{}, {"results.tsv": night(25)}], ids=["no file", "a night"])
-def test_runs_in_jupyter(tmp_path, files):
-    for name, text in files.items():
+    def make(text, minute, name="train.py"):
         (tmp_path / name).write_text(text)
-    shutil.copy(NOTEBOOK, tmp_path)
+        monkeypatch.setenv("GIT_COMMITTER_DATE", f"{1_700_000_000 + 60 * minute} +0000")
+        script = f"git init -q; git add {name}; git commit -qm x; git rev-parse --short=7 HEAD"
+        return subprocess.check_output(["bash", "-ec", script], cwd=tmp_path, text=True).strip()
+
+    return make
+
+
+def test_beside_its_repository_the_diffs_are_shown(analyse, commit, tmp_path):
+    base, first, second = commit("1\n2\n3\n", -5000), commit("1\n2\n3\n4\n5\n", 0), commit("1\n5\n", 11)
+    text = f"{base} 0.997 keep wave 1: x; {first} 0.99 keep wave 2: x; {second} 0.98 keep wave 3: x"
+    variables, printed = analyse(table(text + "; fffffff 0.9 keep wave 3: x; --output=made 0.9; HEAD 0.9"))
+    assert variables["kept"]["diff"].tolist() == ["", "1 file, +2 −0", "1 file, +0 −3", "", "", ""]
+    assert variables["waves"]["minutes"].tolist()[1] == 11 and "11.0" in printed
+    assert "git merge HEAD\n" in printed and not (tmp_path / "made").exists()
+    variables, printed = analyse(table(text))
+    assert f"git diff {base} {second} -- train.py   (1 file, +1 −2)\n" in printed
+    assert "still to do" in printed and f"git merge {second}\n" in printed and "Mind that" not in printed
+    for command in (*variables["kept"]["see it"][1:], f"git diff {base} {second} -- train.py"):
+        done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "\n@@ " in done.stdout
+    third = commit("a harness of its own", 20, "prepare.py")
+    _, printed = analyse(table(f"{text}; {third} 0.5 keep wave 4: x; {third} 0.5 keep check, seed 100"))
+    for words in ("(2 files, +2 −2)", "changes more than train.py: prepare.py", "done on 1 fresh seeds"):
+        assert words in printed
+
+
+def test_without_git_nothing_but_the_diffs_is_missing(analyse, commit, monkeypatch):
+    rows = [f"{commit(str(i), i)} {0.99 - i / 1000} keep wave {i + 1}: x" for i in range(3)]
+    monkeypatch.setenv("PATH", "")
+    printed = analyse(table("; ".join(rows)))[1]
+    assert "git merge" in printed and not any(word in printed for word in ("see it", "minutes", "git show"))
+
+
+@pytest.mark.parametrize("text", ["", night(25)], ids=["no file", "a night"])
+def test_runs_in_jupyter(tmp_path, text):
+    if text:
+        (tmp_path / "results.tsv").write_text(text)
+    (tmp_path / NOTEBOOK.name).write_bytes(NOTEBOOK.read_bytes())
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "html", "--execute", "analysis.ipynb"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "analysis.html").read_text()
     assert "Traceback" not in page and "Warning" not in page
-    assert (f"No results*.tsv in {tmp_path}" in page) == (not files)
-    assert ("jp-RenderedImage" in page.split("</head>")[1]) == bool(files)  # the head has styles of that name
-    assert (tmp_path / "progress.png").exists() == bool(files)
-    assert ("<th>keep rate</th>" in page) == bool(files)
+    assert (f"No results*.tsv in {tmp_path}" in page) == (not text) != ("<th>keep rate</th>" in page)
+    assert ("jp-RenderedImage" in page.split("</head>")[1]) == bool(text)  # the head has styles of that name
+    assert (tmp_path / "progress.png").exists() == bool(text)
 
 
-def test_a_real_evening(analyse):
+def test_a_real_evening(analyse, tmp_path):
     """25 experiments of 60 seconds that an agent ran by program.md at laptop scale, on one core of a busy machine."""
-    variables, printed = analyse((NOTEBOOK.parent / "tests" / "evening.tsv").read_text(encoding="utf-8"))
-    rows = [line.split("\t") for line in (NOTEBOOK.parent / "tests" / "evening.tsv").read_text().splitlines()[1:]]
-    checks = {}
-    for commit, score, _, _, description in rows:
-        if description.startswith("check"):
-            checks.setdefault(commit, []).append(float(score))
-    assert [len(scores) for scores in checks.values()] == [3, 3, 3]  # baseline, the branch half-way, the branch
-    outcomes = variables["outcomes"].loc["results.tsv"]
-    assert outcomes["experiments"] == len({row[0] for row in rows}) == 26  # the baseline and 25 ideas
-    assert outcomes["crash"] == 1 and "malformed" not in printed
-    baseline = [float(score) for commit, score, *_ in rows if commit == rows[0][0]]
-    assert len(baseline) == 6 and f"baseline {sum(baseline) / 6:.6f} (6 runs)" in printed
+    variables, printed = analyse(EVENING)
+    rows = [line.split("\t") for line in EVENING.splitlines()[1:]]
+    assert [row[0] for row in rows if row[4].startswith("check")] == ["8125c67"] * 3 + ["f89f920"] * 3 + ["5a259c4"] * 3
+    assert variables["outcomes"].loc["results.tsv", ["experiments", "keep", "crash"]].tolist() == [26, 6, 1]
+    assert variables["kept"]["score"].iloc[0] == pytest.approx(
+        np.mean([float(r[1]) for r in rows if r[0] == "8125c67"])
+    )
+    # Every decision follows from the rule, also where a discarded point lies far below the best score.
+    assert "0 of 24 decisions differ" in printed and "done on 3 fresh seeds" in printed
+    far = variables["experiments"].set_index("commit").loc["1b36a73"]
+    assert far["bar"] == pytest.approx(2.100454 - 2 / 3 * (2.215255 - 2.175104) * 47 / 50) and far["first"] == 2.076795
+    drawn, committed = (plt.imread(path) for path in (tmp_path / "progress.png", ROOT / "tests" / "night.png"))
+    hint = "run the notebook on tests/evening.tsv and copy its progress.png to tests/night.png"
+    assert drawn.shape == committed.shape and np.abs(drawn - committed).mean() < 0.005, hint
+    # The committed notebook shows this evening.
+    outputs = [output for cell in json.loads(NOTEBOOK.read_text())["cells"] for output in cell.get("outputs", ())]
+    streams = ["".join(output["text"]) for output in outputs if output["output_type"] == "stream"]
+    assert len(streams) == 6 and all(stream in printed for stream in streams)
