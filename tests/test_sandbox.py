@@ -1,0 +1,117 @@
+"""The sandbox of the README, run as it stands there: what works inside, and what cannot be reached."""
+
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_run import block, make_project
+
+UV = os.environ.get("UV") or shutil.which("uv")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+(COMMAND,) = (code for code in re.findall(r"```bash\n(.*?)```", README, re.S) if "bwrap" in code)
+
+
+def why_not():
+    if not shutil.which("bwrap") or not UV:
+        return "bubblewrap or uv is not installed"
+    plain = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "true"]
+    done = subprocess.run(plain, capture_output=True, text=True)
+    return done.stderr if done.returncode else ""  # containers often refuse namespaces
+
+
+REASON = why_not()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
+
+
+@pytest.fixture
+def home(tmp_path):
+    """The user's real home, with things that the agent must not see, and a clone in it."""
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh" / "key").write_text("a secret")
+    (home / ".cache" / "huggingface" / "hub").mkdir(parents=True)
+    (home / "clone").mkdir()
+    shutil.copy(ROOT / "pyproject.toml", home / "clone")  # without it uv finds no project
+    make_project(home / "clone")
+    return home
+
+
+def sandboxed(script, folder, home, cache, options=""):
+    """The README's command in `folder`, with a shell that runs `script` as the agent."""
+    assert COMMAND.count("YOUR_AGENT") == 1
+    command = COMMAND.replace("YOUR_AGENT", f"{options} bash -c {shlex.quote(script)}")
+    env = {**os.environ, "HOME": str(home), "AUTORESEARCH_CACHE": str(cache), "PASSWORD": "a secret"}
+    # The environment that runs this test, as it is: uv is not to look for packages
+    env |= {"UV_PROJECT_ENVIRONMENT": sys.prefix, "UV_NO_SYNC": "1", "PATH": f"{Path(UV).parent}:{env['PATH']}"}
+    return subprocess.run(["bash", "-ec", command], cwd=folder, env=env, capture_output=True, text=True, timeout=280)
+
+
+WORK = """
+set -e
+git switch -qc autoresearch/test
+echo '# an experiment' >> train.py
+git commit -qam 'an experiment'
+uv run train.py
+git worktree add -q --detach .waves/1
+cd .waves/1
+echo '# another' >> train.py
+git commit -qam 'another'
+"""
+
+
+@pytest.mark.parametrize("place", ["the clone", "a worktree elsewhere"])
+def test_a_run_ends_in_a_number_and_git_works(place, home, session_cache, tmp_path):
+    clone = folder = home / "clone"
+    if place != "the clone":
+        folder = tmp_path / "elsewhere" / "agent1"
+        subprocess.run(["git", "-C", clone, "worktree", "add", "-q", "--detach", folder], check=True)
+    done = sandboxed(WORK, folder, home, session_cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = block(done.stdout)
+    assert 0.1 < float(values["val_bpb"]) < 4
+    assert ("CPU" in values["device"]) != torch.cuda.is_available()
+    log = ["git", "-C", folder / ".waves" / "1", "log", "-2", "--format=%s, %an"]
+    commits = subprocess.run(log, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert commits == ["another, agent", "an experiment, agent"]
+
+
+def test_nothing_else_can_be_written(home, session_cache):
+    refused = ["/", "/usr", "/etc", "/sys", session_cache, sys.prefix, sys.base_prefix, home / ".cache/huggingface/hub"]
+    private = [home, "/tmp", "/dev/shm"]  # folders of the sandbox's own under the same names
+    clone = [home / "clone", home / "clone" / ".git"]
+    refused, private, clone = ([Path(folder) / "from-agent" for folder in kind] for kind in (refused, private, clone))
+    everywhere = shlex.join(map(str, refused + private + clone))
+    try:
+        script = f"for file in {everywhere}; do touch $file && echo $file; done; true"
+        done = sandboxed(script, home / "clone", home, session_cache)
+        assert done.stdout.splitlines() == [str(file) for file in private + clone], done.stderr
+        assert [file for file in refused + private + clone if file.exists()] == clone
+    finally:
+        for file in refused + private:
+            file.unlink(missing_ok=True)
+
+
+LOOK = """
+echo processes: $(cat /proc/[0-9]*/comm)
+echo secrets: $PASSWORD $(ls -d ~/.ssh /var/lib; find /run -type s)
+echo network: $(ls /sys/class/net; (echo hello > /dev/tcp/127.0.0.1/PORT) 2>/dev/null && echo connected)
+"""
+
+
+@pytest.mark.parametrize("options", ["", "--share-net"])
+def test_nothing_else_can_be_seen(options, home, session_cache):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        script = LOOK.replace("PORT", str(server.getsockname()[1]))
+        done = sandboxed(script, home / "clone", home, session_cache, options)
+    processes, secrets, network = done.stdout.splitlines()
+    assert {"bwrap"} < set(processes.split()[1:]) <= {"bwrap", "bash", "cat"}, done.stdout
+    assert secrets == "secrets:", done.stdout
+    assert network.endswith(" connected") if options else "connected" not in network
