@@ -95,6 +95,7 @@ def fresh_harness(monkeypatch):
 def run_python(*arguments, cache=None, cwd=ROOT, timeout=120, **environment):
     """Run this Python with what stands in the arguments; returns the finished process, its output as text."""
     env = {**os.environ, "PYTHONPATH": str(cwd), "CUDA_VISIBLE_DEVICES": "", **environment}
+    env.setdefault("OMP_NUM_THREADS", "1")  # two threads of one step wait for each other where the machine is busy
     if cache is not None:
         env["AUTORESEARCH_CACHE"] = str(cache)
     command = [sys.executable, *map(str, arguments)]
