@@ -287,3 +287,57 @@ def test_one_answer_is_held_at_a_time(tokenizer):
 
     prepare.evaluate_bpb(Counting(tokenizer.get_vocab_size()), tokenizer, 4)
     assert len(alive) > 16 and set(alive) == {0}
+
+
+# -----------------------------------------------------------------------------
+# An Apple GPU, which has no float64. None is at hand: tensors that were moved to it stay on the CPU under another class
+
+
+class OnMPS(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to:
+            return move(*args, **(kwargs or {}))
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return out
+
+
+plain_to = torch.Tensor.to
+
+
+def move(tensor, *args, **kwargs):
+    device = kwargs.get("device", args[0] if args else None)
+    if not isinstance(device, torch.device):
+        return plain_to(tensor, *args, **kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        kind = OnMPS if device.type == "mps" else torch.Tensor
+        return plain_to(tensor, dtype=kwargs.get("dtype", tensor.dtype)).clone().as_subclass(kind)
+
+
+def test_an_apple_gpu_needs_no_float64(tokenizer, monkeypatch):
+    V = tokenizer.get_vocab_size()
+    expected = prepare.evaluate_bpb(embedding_model(V), tokenizer, 8)
+    waits, seen, model = [], [], embedding_model(V)
+    logits = model.logits
+    model.logits = lambda x: seen.append(type(x)) or logits(x)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(torch.Tensor, "to", move)
+    assert prepare.get_device().type == "mps"
+    assert prepare.evaluate_bpb(model, tokenizer, 8) == expected
+    assert set(seen) == {OnMPS} and waits
+    with pytest.raises(TypeError, match="float64"):  # the stand-in does refuse it
+        torch.zeros(2).to(torch.device("mps")).double()
+
+
+def test_device_is_taken_from_the_environment(monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+    assert prepare.get_device() == torch.device("cpu")
+    monkeypatch.setenv("DEVICE", "tpu")
+    with pytest.raises(prepare.PrepareError, match=r"DEVICE='tpu' is not on this machine, which has: .*cpu"):
+        prepare.get_device()
