@@ -1268,13 +1268,7 @@ NUMBERS = {  # option: (lowest, highest, default or None for the scale's, metava
     "seq_len": (1, 2**20, None, "N", "tokens a row"),
     "vocab_size": (260, 65_536, None, "N", "tokens in the vocabulary"),
     "eval_tokens": (1, 2**40, None, "N", "validation tokens scored"),
-    "num_shards": (
-        -1,
-        LAST_SHARD,
-        10,
-        "N",
-        f"training shards of climbmix, 100 MB each; -1: all {LAST_SHARD:,}",
-    ),
+    "num_shards": (-1, LAST_SHARD, 10, "N", "training shards of climbmix, 100 MB each, or -1 for all"),
     "download_workers": (1, 64, 8, "N", "shards fetched at a time"),
 }
 
