@@ -355,7 +355,7 @@ def polar_express(G):
     X = G.bfloat16() if G.is_cuda else G.float()
     X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = G.size(-2) > G.size(-1)
-    X = X.mT if tall else X  # this makes A below the smaller of the two Gram matrices
+    X = X.mT if tall else X  # A is then the smaller Gram matrix
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
@@ -565,7 +565,7 @@ def train(compiled_model, optimizer, loader, config, grad_accum_steps, peak_rate
         set_schedules(optimizer, config, clock.progress(), step)
         loss = train_step(compiled_model, optimizer, loader, grad_accum_steps).item()  # waits for the GPU
         step += 1
-        max_loss = 2 * loss if step == 1 else max_loss  # at first it has learned nothing
+        max_loss = 2 * loss if step == 1 else max_loss  # the first loss is that of a model without knowledge
         if not math.isfinite(loss) or loss > max_loss:
             raise TrainingError(f"step {step}: the loss is {loss:.4g}, the limit {max_loss:.4g}: training blew up")
         smooth_loss += 0.1 * (loss - smooth_loss)
@@ -576,7 +576,7 @@ def train(compiled_model, optimizer, loader, config, grad_accum_steps, peak_rate
             mfu = "" if math.isnan(peak_rate) else f" | MFU {100 * rate / peak_rate:.1f} %"
             line = f"step {step:5d} | {100 * clock.progress():5.1f} % | loss {smooth_loss / (1 - 0.9**step):.4f}"
             line += f" | {rate:,.0f} tokens/s{mfu} | {clock.seconds():.0f} s"
-            print("\033[F\033[K" + line if terminal and step > 1 else line, flush=True)  # over the line above
+            print("\033[F\033[K" + line if terminal and step > 1 else line, flush=True)  # replaces the line
     gc.enable()
     return step
 
@@ -601,7 +601,7 @@ def warm_up(build, config, vocab_size, T, device):
     def run_steps(batch_size):
         model, compiled_model, optimizer = build()
         x, y = torch.randint(vocab_size, (2, batch_size, T), device=device)
-        # Two on CUDA: the second one meets the optimizer's state and the gradients' layout of all later steps
+        # Two on CUDA: from the second on, the optimizer has its state and the gradients have their final layout
         for _ in range(2 if device.type == "cuda" else 1):
             train_step(compiled_model, optimizer, itertools.repeat((x, y, 1)), min(2, rows // batch_size))
         model.eval()
@@ -621,7 +621,7 @@ def warm_up(build, config, vocab_size, T, device):
         print(f"out of memory with {batch_size} rows per micro-batch", flush=True)
         if device.type != "cpu":
             torch.get_device_module(device).empty_cache()
-        torch.compiler.reset()  # each size is compiled anew, and after eight the compiler would give up without a word
+        torch.compiler.reset()  # each size is compiled anew, and after eight the compiler gives up without a word
     raise TrainingError(f"out of GPU memory with one row per micro-batch: make the model smaller ({message})")
 
 
@@ -655,8 +655,9 @@ def build(config, vocab_size, T, device, attention):
 
 def main():
     device = prepare.start_run()
-    if device.type == "cuda" and not torch.version.hip:  # PyTorch reads it at the first allocation. Segments that grow
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # waste less; 2.9 knows this name
+    if device.type == "cuda" and not torch.version.hip:
+        # Such segments waste less memory. PyTorch reads this at the first allocation; 2.9 knows only this older name
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch.set_float32_matmul_precision("high")
     config, T = {"full": FULL, "laptop": LAPTOP}[prepare.SCALE], prepare.MAX_SEQ_LEN
     tokenizer = Tokenizer.from_directory()

@@ -278,16 +278,6 @@ def test_initial_weights(full):
                 assert p.abs().max() > 4 * std, name  # only a normal has such a tail
 
 
-def test_blocks_start_as_the_identity():
-    model, x = make_model(), make_tokens()
-    model.lm_head.weight.data.normal_(0, 2)  # logits of about 11, so that the soft-cap shows
-    e = model.wte.weight[x].double()
-    z = e / e.square().mean(-1, keepdim=True).sqrt() @ model.lm_head.weight.double().T
-    logits = model(x)
-    assert logits.dtype == torch.float32 and z.abs().max() > 20
-    torch.testing.assert_close(logits.double(), 15 * torch.tanh(z / 15), **FLOAT32)
-
-
 def test_initial_loss_is_that_of_a_uniform_guess():
     x = make_tokens()
     # logits of standard deviation σ = 0.001·√32 = 0.006: the mean over 48 targets is off by σ/√48 = 0.001
@@ -383,14 +373,6 @@ def test_windows_and_value_embeddings_of_the_layers(depth, windows, ve_layers):
     assert model.window_sizes == [{"S": T // 2, "L": T}[window] for window in windows]
     assert sorted(model.value_embeds) == list(ve_layers)
     assert [i for i, block in enumerate(model.blocks) if block.attn.ve_gate is not None] == [int(i) for i in ve_layers]
-
-
-def test_gqa_has_narrower_keys_values_and_value_embeddings():
-    model = make_model(replace(TINY, N_KV_HEAD=2))
-    attn = model.blocks[1].attn
-    assert attn.c_q.weight.shape == (32, 32) and attn.ve_gate.weight.shape == (2, 8)
-    assert attn.c_k.weight.shape == attn.c_v.weight.shape == (16, 32)
-    assert {tuple(embedding.weight.shape) for embedding in model.value_embeds.values()} == {(V, 16)}
 
 
 @pytest.mark.parametrize("change, message", [
