@@ -1,24 +1,25 @@
 """The mutable half of the harness: a GPT, its optimizer, and a loop that trains until the harness's clock says stop.
 
-    uv run train.py > run.log 2>&1        the same command on every machine; SEED=1 in front for another seed
+    uv run train.py > run.log 2>&1        the same command on every machine; SEED=1 in front of it for another seed
 
-This is the one file that changes during research. What it must keep: batches come from `make_dataloader`, time from
-`clock`, the number from `evaluate_bpb`, and `model(x)` returns logits (B, T, V) that look at nothing beyond the token
-they stand at. All else is free: architecture, optimizer, schedules, sizes.
+This is the one file that changes during research. It must keep a few things: batches come from `make_dataloader`, time
+from `clock`, the score from `evaluate_bpb`, and `model(idx)` returns logits (B, T, V) that depend on no later token.
+Everything else may change: architecture, optimizer, schedules, sizes.
 
-It reads: knobs → attention → model → optimizer → schedules → accounting → loop → main. Importing it does nothing.
+Sections: config → attention → model → optimizer → schedules → accounting → loop → main. Importing it does nothing.
 """
 
 import fnmatch
 import gc
+import itertools
 import math
 import os
 import re
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -29,54 +30,67 @@ import prepare
 from prepare import EvaluationError, PrepareError, Tokenizer, clock, evaluate_bpb, make_dataloader
 
 # -----------------------------------------------------------------------------
-# Knobs
+# Config
 
 
-@dataclass(frozen=True)
-class Knobs:
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every hyperparameter. One without a value here depends on the scale: its values are in FULL and LAPTOP below."""
+
     # Model
-    DEPTH: int = 8  # blocks
-    ASPECT_RATIO: int = 64  # width per block, so that a deeper model is a wider one
-    HEAD_DIM: int = 128  # channels a head; the width is rounded up to a multiple
-    N_KV_HEAD: int = 0  # key and value heads, a divisor of the query heads; 0: as many
-    WINDOW_PATTERN: str = "SSSL"  # over the layers, again and again: S sees SHORT_WINDOW, L all; the last is always L
+    DEPTH: int  # blocks
+    ASPECT_RATIO: int = 64  # width per block, so a deeper model is also wider
+    HEAD_DIM: int  # channels of a head; the width is rounded up to a multiple of it
+    N_KV_HEAD: int = 0  # heads of keys and values, a divisor of the query heads; 0: as many as query heads
+    WINDOW_PATTERN: str = "SSSL"  # repeated over the layers: S sees SHORT_WINDOW, L everything; the last is always L
     SHORT_WINDOW: float = 0.5  # of the context
-    ROPE_BASE: float = 10_000.0  # longest wavelength of the rotation, in tokens / 2π
+    ROPE_BASE: float = 10_000.0  # longest wavelength of the rotary embedding, in tokens / 2π
     SOFTCAP: float = 15.0  # bound of the logits
-    RESID_LAMBDA: float = 1.0  # start of the weight on the residual stream before each block
-    X0_LAMBDA: float = 0.1  # start of the weight on the embedding, added before each block
-    VE_GATE_CHANNELS: int = 32  # channels that the gate of the value embeddings sees
+    RESID_LAMBDA: float = 1.0  # initial weight of the residual stream before each block
+    X0_LAMBDA: float = 0.1  # initial weight of the embedding, which is added before each block
+    VE_GATE_CHANNELS: int = 32  # input channels of the value embeddings' gate
 
-    # Optimizer. Learning rates of AdamW's tables are for width 768 and scale with (width / 768)^-1/2
+    # Optimizer. The learning rates of embeddings and head are for width 768, and scale with (width / 768)^-1/2
     EMBEDDING_LR: float = 0.6  # token and value embeddings
     HEAD_LR: float = 0.004
     X0_LR: float = 0.5
-    RESID_LR: float = 0.005  # a hundredth: this weight multiplies the whole stream, depth times
+    RESID_LR: float = 0.005  # a hundredth of X0_LR: this weight multiplies the whole stream in every layer
     ADAM_BETAS: tuple = (0.8, 0.95)
-    X0_BETAS: tuple = (0.96, 0.95)  # more momentum: one noisy number a layer
+    X0_BETAS: tuple = (0.96, 0.95)  # more momentum, as the gradient of one scalar per layer is noisy
     ADAM_EPS: float = 1e-10
-    MATRIX_LR: float = 0.04  # spectral norm a step
-    MATRIX_WEIGHT_DECAY: float = 0.2  # a step, times the learning rate; falls to 0 over the run
+    MATRIX_LR: float = 0.04  # spectral norm per step
+    MATRIX_WEIGHT_DECAY: float = 0.2  # per step, times the learning rate; falls to 0 over the run
     MUON_MOMENTUM: tuple = (0.85, 0.95)  # from, to
-    MUON_MOMENTUM_STEPS: int = 300  # steps it takes
+    MUON_MOMENTUM_STEPS: int = 300  # steps from the first to the second
     MUON_BETA2: float = 0.95  # of NorMuon's second moment
 
-    # Schedule and sizes
-    WARMDOWN: float = 0.5  # last share of the time, in which the learning rate falls to 0
-    TOTAL_BATCH: int = 2**19  # tokens a step
-    MAX_MICRO_BATCH: int = 64  # rows at once; fewer where these don't fit the memory, the step stays as it is
+    # Schedule and batch
+    WARMDOWN_RATIO: float = 0.5  # last part of the time, in which the learning rate falls to 0
+    TOTAL_BATCH_SIZE: int  # tokens per step
+    DEVICE_BATCH_SIZE: int  # most rows per micro-batch; fewer if they don't fit the memory, the step stays the same
+
+    @property
+    def n_embd(self):  # width of the model
+        return math.ceil(self.DEPTH * self.ASPECT_RATIO / self.HEAD_DIM) * self.HEAD_DIM
+
+    @property
+    def n_kv_head(self):
+        n_head = self.n_embd // self.HEAD_DIM
+        if n_head % (self.N_KV_HEAD or n_head):
+            raise ValueError(f"N_KV_HEAD = {self.N_KV_HEAD} does not divide the {n_head} query heads")
+        return self.N_KV_HEAD or n_head
 
 
-FULL = Knobs()
+# What `uv run prepare.py` prepared decides which one is used: `--scale full`, the default with a CUDA GPU, or `laptop`
+FULL = Config(DEPTH=8, HEAD_DIM=128, TOTAL_BATCH_SIZE=2**19, DEVICE_BATCH_SIZE=64)
 
-# Without a GPU: the most that two CPU cores learn in 60 seconds at rows of 256 tokens. Tried on Python source, val_bpb:
-# depth 2, width 128, 2^11 tokens a step 1.831 (2^12: 1.847); width 64 1.862; depth 3, width 96 1.841; depth 4,
-# width 128 1.978; wider or deeper ones take too few steps. On one core width 64 is the better one.
-LAPTOP = replace(FULL, DEPTH=2, HEAD_DIM=32, TOTAL_BATCH=2**11, MAX_MICRO_BATCH=8)
+# The best that was found for two CPU cores, 60 seconds and rows of 256 tokens. val_bpb on Python source: depth 2, width
+# 128, 2^11 tokens per step 1.831 (2^12: 1.847); width 64 1.862; depth 3, width 96 1.841; depth 4, width 128 1.978.
+# Larger models take too few steps. On one core width 64 is better. On an Apple GPU raise DEPTH first (the width grows
+# with it), then DEVICE_BATCH_SIZE and TOTAL_BATCH_SIZE together: this advice is not measured.
+LAPTOP = Config(DEPTH=2, HEAD_DIM=32, TOTAL_BATCH_SIZE=2**11, DEVICE_BATCH_SIZE=8)
 
-KNOBS = {"full": FULL, "laptop": LAPTOP}  # by the scale that was prepared
-
-LOG_SECONDS = 10  # between two lines where output is redirected
+LOG_SECONDS = 10  # between two lines of progress in a file
 
 # -----------------------------------------------------------------------------
 # Attention: attention(q, k, v, window), q (B, T, H, D), k and v (B, T, H_kv, D) → (B, T, H, D).
@@ -92,11 +106,11 @@ def window_mask(T, window, device):
 
 
 def sdpa_attention(q, k, v, window):
-    """PyTorch's scaled-dot-product attention with an exact mask: everywhere, CPU included."""
-    T, shared = q.size(1), q.size(2) // k.size(2)
+    """PyTorch's scaled-dot-product attention with an exact mask. It works on every device."""
+    T, group_size = q.size(1), q.size(2) // k.size(2)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-    if shared > 1:  # each key head serves `shared` query heads in a row
-        k, v = (t.repeat_interleave(shared, dim=1) for t in (k, v))
+    if group_size > 1:  # each key head serves a group of neighbouring query heads
+        k, v = (t.repeat_interleave(group_size, dim=1) for t in (k, v))
     mask = None if window >= T - 1 else window_mask(T, window, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
 
@@ -108,7 +122,7 @@ def flex_attention_for(T, windows, device):
     def sees(window):
         return lambda b, h, i, j: (i >= j) & (i - j <= window)
 
-    # Made ahead of compilation, once per window
+    # Made before compilation, once per window
     masks = {window: create_block_mask(sees(window), None, None, T, T, device=device) for window in set(windows)}
 
     def attention(q, k, v, window):
@@ -122,22 +136,20 @@ FLASH3 = "kernels-community/flash-attn3"
 
 
 def flash3_attention():
-    """FlashAttention-3: the build that LOCAL_KERNELS names, else the one of an earlier run, else the kernel hub's.
+    """FlashAttention-3: the build that LOCAL_KERNELS names, else the one of an earlier run, else from the kernel hub.
 
-    Raises whatever keeps it away. An earlier run's needs no network, so that a night has one kernel from end to end.
+    Raises an error if there is none. The one of an earlier run needs no network, so a night uses one kernel throughout.
     """
-    import requests
     from kernels import get_kernel, get_local_kernel, install_kernel
 
-    wanted = dict(revision="v1", trust_remote_code=[FLASH3])  # without a revision the library refuses
+    wanted = dict(revision="v1", trust_remote_code=[FLASH3])  # the library demands a revision
     if "LOCAL_KERNELS" in os.environ:
         flash = get_kernel(FLASH3, **wanted)
     else:
         try:
             flash = get_local_kernel(install_kernel(FLASH3, local_files_only=True, **wanted))
-        except Exception:  # there is none yet, or a part of one
-            # Behind a firewall that answers nothing the library would wait for minutes
-            requests.head(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", timeout=5)
+        except Exception:  # not downloaded yet, or only in part
+            prepare.require_hub()  # the library would wait for minutes if nothing answers
             flash = get_kernel(FLASH3, **wanted)
 
     def attention(q, k, v, window):
@@ -148,22 +160,24 @@ def flash3_attention():
 
 
 def pick_attention(T, windows, head_dim, device):
-    """(name, attention, reason): the fastest kernel that works here, found out once."""
+    """(name, attention, reason): the fastest kernel that works on this device. A run calls this once."""
     if device.type != "cuda":
         return "sdpa", sdpa_attention, "exact mask: there is no CUDA GPU"
+    if torch.version.hip:  # an AMD GPU, which also has the type "cuda" and compute capabilities of its own
+        return "flex", flex_attention_for(T, windows, device), "no FlashAttention-3 for ROCm"
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        return "sdpa", sdpa_attention, f"exact mask: nothing compiles bfloat16 for compute capability {major}.{minor}"
+        return "sdpa", sdpa_attention, f"exact mask: no kernel for bfloat16 on compute capability {major}.{minor}"
     if major in (8, 9):
         try:
             attention = flash3_attention()
-            # Some builds load and then fail, or would break the compiled model in pieces
+            # Some builds load and then fail, or would split the compiled model into several graphs
             trial = torch.compile(attention, dynamic=False, fullgraph=True)
             q = torch.randn(1, 128, 1, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
             trial(q, q, q, 64).sum().backward()
             torch.cuda.synchronize()
             return "fa3", attention, "FlashAttention-3 from the kernel hub"
-        except Exception as error:  # the hub away, no build for this PyTorch, a broken import: all leave the next one
+        except Exception as error:  # no network, no build for this PyTorch, a failed import: FlexAttention still works
             reason = f"no FlashAttention-3 ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
     else:
         reason = f"no FlashAttention-3 for compute capability {major}.{minor}"
@@ -177,84 +191,70 @@ def pick_attention(T, windows, head_dim, device):
 def norm(x):
     """RMSNorm without weights over the last dimension (arXiv 1910.07467), in the type of x.
 
-    Newer PyTorch's autocast makes it float32, which the residual stream would then be: twice the traffic.
+    With newer PyTorch, autocast returns float32 here. The residual stream would then be float32: twice the traffic.
     """
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 
 
-def rotate(x, cos, sin):
+def apply_rotary_emb(x, cos, sin):
     """Rotary embedding (arXiv 2104.09864), half-split: x (B, T, H, D); cos, sin (T, 1, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-def model_width(k):
-    return math.ceil(k.DEPTH * k.ASPECT_RATIO / k.HEAD_DIM) * k.HEAD_DIM
+def window_sizes(config, T):
+    """Per layer, how many keys to the left of its own position a query sees."""
+    pattern = config.WINDOW_PATTERN
+    if not pattern or set(pattern) - {"S", "L"}:
+        raise ValueError(f"WINDOW_PATTERN is {pattern!r}: it must consist of the letters S and L")
+    layers = [pattern[i % len(pattern)] for i in range(config.DEPTH - 1)] + ["L"]
+    return [int(config.SHORT_WINDOW * T) if layer == "S" else T for layer in layers]
 
 
-def kv_heads(k):
-    """Heads of keys and values: N_KV_HEAD, 0 for as many as query heads. Raises ValueError if those don't divide."""
-    heads = model_width(k) // k.HEAD_DIM
-    if heads % (k.N_KV_HEAD or heads):
-        raise ValueError(f"N_KV_HEAD = {k.N_KV_HEAD} does not divide the {heads} query heads")
-    return k.N_KV_HEAD or heads
-
-
-def layer_windows(k, T):
-    """Per layer, how many keys to the left of its own a query sees."""
-    if not k.WINDOW_PATTERN or set(k.WINDOW_PATTERN) - {"S", "L"}:
-        raise ValueError(f"WINDOW_PATTERN is {k.WINDOW_PATTERN!r}: it takes the letters S and L, at least one")
-    kinds = [k.WINDOW_PATTERN[i % len(k.WINDOW_PATTERN)] for i in range(k.DEPTH - 1)] + ["L"]
-    return [int(k.SHORT_WINDOW * T) if kind == "S" else T for kind in kinds]
-
-
-class Attention(nn.Module):
-    def __init__(self, k, has_value_embedding, attention):
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, has_ve, attention):
         super().__init__()
-        width = model_width(k)
-        self.n_head, self.head_dim = width // k.HEAD_DIM, k.HEAD_DIM
-        self.n_kv_head = kv_heads(k)
-        kv_width = self.n_kv_head * self.head_dim
-        self.c_q = nn.Linear(width, width, bias=False)
-        self.c_k = nn.Linear(width, kv_width, bias=False)
-        self.c_v = nn.Linear(width, kv_width, bias=False)
-        self.c_proj = nn.Linear(width, width, bias=False)
-        self.gate_channels = min(k.VE_GATE_CHANNELS, width)
-        self.ve_gate = nn.Linear(self.gate_channels, self.n_kv_head, bias=False) if has_value_embedding else None
+        n_embd, kv_dim = config.n_embd, config.n_kv_head * config.HEAD_DIM
+        self.head_dim = config.HEAD_DIM
+        self.c_q = nn.Linear(n_embd, n_embd, bias=False)
+        self.c_k = nn.Linear(n_embd, kv_dim, bias=False)
+        self.c_v = nn.Linear(n_embd, kv_dim, bias=False)
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
+        self.ve_gate_channels = min(config.VE_GATE_CHANNELS, n_embd)
+        self.ve_gate = nn.Linear(self.ve_gate_channels, config.n_kv_head, bias=False) if has_ve else None
         self.attention = attention
 
     def forward(self, x, ve, cos, sin, window):
         B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
-        if ve is not None:  # value residual, from a table of its own (ResFormer, arXiv 2410.17897)
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, H_kv), 1 at the start
+        q = self.c_q(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.c_k(x).view(B, T, -1, self.head_dim)  # (B, T, H_kv, D)
+        v = self.c_v(x).view(B, T, -1, self.head_dim)  # (B, T, H_kv, D)
+        if ve is not None:  # value residual from an embedding of its own (ResFormer, arXiv 2410.17897)
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate_channels]))  # (B, T, H_kv), 1 at the start
             v = v + gate.unsqueeze(-1) * ve.view(v.shape)
-        # QK-norm (arXiv 2302.05442). A rotation keeps the norm, so either may come first; this way the compiler makes
-        # one pass of both. Back to the type of the projections: the kernels want 16 bits, and cos is float32
-        kernel_type = q.dtype
-        q, k, v = (t.to(kernel_type) for t in (rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v))
-        y = self.attention(q, k, v, window)  # (B, T, H, D)
+        # QK-norm (arXiv 2302.05442). A rotation keeps the norm, so either may come first; in this order the compiler
+        # makes one pass of both. Then back to the type of the projections: the kernels want 16 bits, cos is float32
+        dtype = q.dtype
+        q, k = apply_rotary_emb(norm(q), cos, sin).to(dtype), apply_rotary_emb(norm(k), cos, sin).to(dtype)
+        y = self.attention(q, k, v.to(dtype), window)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))
 
 
 class MLP(nn.Module):
-    def __init__(self, k):
+    def __init__(self, config):
         super().__init__()
-        width = model_width(k)
-        self.c_fc = nn.Linear(width, 4 * width, bias=False)
-        self.c_proj = nn.Linear(4 * width, width, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
         return self.c_proj(F.relu(self.c_fc(x)).square())  # ReLU² (Primer, arXiv 2109.08668)
 
 
 class Block(nn.Module):
-    def __init__(self, k, has_value_embedding, attention):
+    def __init__(self, config, has_ve, attention):
         super().__init__()
-        self.attn = Attention(k, has_value_embedding, attention)
-        self.mlp = MLP(k)
+        self.attn = CausalSelfAttention(config, has_ve, attention)
+        self.mlp = MLP(config)
 
     def forward(self, x, ve, cos, sin, window):
         x = x + self.attn(norm(x), ve, cos, sin, window)
@@ -262,93 +262,82 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer. `model(x)`: logits (B, T, V), float32; `model(x, y)`: mean cross-entropy, a scalar."""
+    """Decoder-only transformer. `model(idx)`: logits (B, T, V), float32; `model(idx, targets)`: mean cross-entropy."""
 
-    def __init__(self, k, vocab_size, T, attention):
+    def __init__(self, config, vocab_size, T, attention):
         super().__init__()
-        width = model_width(k)
-        kv_width = kv_heads(k) * k.HEAD_DIM
-        with_ve = [i for i in range(k.DEPTH) if i % 2 == (k.DEPTH - 1) % 2]  # every other layer, the last included
-        self.softcap = k.SOFTCAP
-        self.windows = layer_windows(k, T)
-        self.wte = nn.Embedding(vocab_size, width)
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, kv_width) for i in with_ve})
-        self.blocks = nn.ModuleList(Block(k, i in with_ve, attention) for i in range(k.DEPTH))
-        self.lm_head = nn.Linear(width, vocab_size, bias=False)
-        self.resid_lambdas = nn.Parameter(torch.empty(k.DEPTH))
-        self.x0_lambdas = nn.Parameter(torch.empty(k.DEPTH))
-        frequency = k.ROPE_BASE ** (-torch.arange(0, k.HEAD_DIM, 2, dtype=torch.float32) / k.HEAD_DIM)
-        angle = torch.outer(torch.arange(T, dtype=torch.float32), frequency)[:, None]  # (T, 1, D/2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-        initialise(self, k)
+        ve_layers = range((config.DEPTH - 1) % 2, config.DEPTH, 2)  # every other layer, the last one included
+        kv_dim = config.n_kv_head * config.HEAD_DIM
+        self.softcap = config.SOFTCAP
+        self.window_sizes = window_sizes(config, T)
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, kv_dim) for i in ve_layers})
+        self.blocks = nn.ModuleList(Block(config, i in ve_layers, attention) for i in range(config.DEPTH))
+        self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.resid_lambdas = nn.Parameter(torch.empty(config.DEPTH))
+        self.x0_lambdas = nn.Parameter(torch.empty(config.DEPTH))
+        inv_freq = config.ROPE_BASE ** (-torch.arange(0, config.HEAD_DIM, 2, dtype=torch.float32) / config.HEAD_DIM)
+        freqs = torch.outer(torch.arange(T, dtype=torch.float32), inv_freq)[:, None]  # (T, 1, D/2)
+        self.register_buffer("cos", freqs.cos(), persistent=False)
+        self.register_buffer("sin", freqs.sin(), persistent=False)
+        init_weights(self, config)
 
-    def forward(self, x, y=None):
-        # Around one pass only: autocast keeps its 16-bit copies of the weights until it is left, and a longer one would
-        # compute with those of the first step for ever.
-        with torch.autocast("cuda", torch.bfloat16) if x.is_cuda else nullcontext():
-            logits = self.logits(x)
-        return logits if y is None else F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    def forward(self, idx, targets=None):
+        # autocast keeps its 16-bit copies of the weights until it ends. So it must end with each pass: a longer one
+        # would go on with the weights of the first step.
+        with torch.autocast("cuda", torch.bfloat16) if idx.is_cuda else nullcontext():
+            logits = self.logits(idx)
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def logits(self, x):
-        T = x.size(1)
+    def logits(self, idx):
+        T = idx.size(1)
         cos, sin = self.cos[:T], self.sin[:T]
-        h = h0 = norm(self.wte(x))  # (B, T, C)
-        for i, (block, window) in enumerate(zip(self.blocks, self.windows)):
-            h = self.resid_lambdas[i] * h + self.x0_lambdas[i] * h0
-            ve = self.value_embeds[str(i)](x) if str(i) in self.value_embeds else None  # (B, T, C_kv)
-            h = block(h, ve, cos, sin, window)
-        logits = self.lm_head(norm(h)).float()  # (B, T, V)
+        x = x0 = norm(self.wte(idx))  # (B, T, C)
+        for i, (block, window) in enumerate(zip(self.blocks, self.window_sizes)):
+            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None  # (B, T, C_kv)
+            x = block(x, ve, cos, sin, window)
+        logits = self.lm_head(norm(x)).float()  # (B, T, V)
         return self.softcap * torch.tanh(logits / self.softcap)  # Gemma 2, arXiv 2408.00118
 
 
-# What each parameter starts as and which optimizer group moves it: the first line whose pattern fits its name.
-# A matrix added to a block needs no line here; a parameter that no line fits is an error with its name.
-#   pattern              start                     group
-PARAMETERS = (
-    ("wte.weight", ("normal", 1.0), "embedding"),
-    ("value_embeds.*", ("uniform", 1.0), "embedding"),  # in units of width^-1/2
-    ("lm_head.weight", ("normal", 0.001), "head"),
-    ("resid_lambdas", ("constant", "RESID_LAMBDA"), "resid"),
-    ("x0_lambdas", ("constant", "X0_LAMBDA"), "x0"),
-    ("blocks.*.c_proj.weight", ("constant", 0.0), "matrix"),  # so that every block starts as the identity
-    ("blocks.*.ve_gate.weight", ("constant", 0.0), "matrix"),
-    ("blocks.*.weight", ("uniform", 1.0), "matrix"),
-)
+def parameter_rules(model, config):
+    """Yields (name, parameter, init, optimizer group) for every parameter, by the first pattern that fits its name.
 
-
-def rule(name):
-    """(start, group) of the parameter of that name. Raises ValueError if PARAMETERS has no line for it."""
-    for pattern, start, group in PARAMETERS:
-        if fnmatch.fnmatchcase(name, pattern):
-            return start, group
-    raise ValueError(f"parameter {name} fits no line of PARAMETERS: add one that says how it starts and what moves it")
+    A new matrix in a block needs no line here, as "blocks.*.weight" fits it. Raises ValueError for a parameter that no
+    pattern fits, or that is not a matrix and would be updated by Muon.
+    """
+    bound = math.sqrt(3 / config.n_embd)  # the standard deviation is then n_embd^-1/2
+    table = (
+        ("wte.weight", partial(nn.init.normal_, std=1.0), "embedding"),
+        ("value_embeds.*", partial(nn.init.uniform_, a=-bound, b=bound), "embedding"),
+        ("lm_head.weight", partial(nn.init.normal_, std=0.001), "head"),
+        ("resid_lambdas", partial(nn.init.constant_, val=config.RESID_LAMBDA), "resid"),
+        ("x0_lambdas", partial(nn.init.constant_, val=config.X0_LAMBDA), "x0"),
+        ("blocks.*.c_proj.weight", nn.init.zeros_, "matrix"),  # so every block starts as the identity
+        ("blocks.*.ve_gate.weight", nn.init.zeros_, "matrix"),
+        ("blocks.*.weight", partial(nn.init.uniform_, a=-bound, b=bound), "matrix"),
+    )
+    for name, p in model.named_parameters():
+        init, group = next((line[1:] for line in table if fnmatch.fnmatchcase(name, line[0])), (None, None))
+        if group is None or (group == "matrix" and p.ndim != 2):
+            raise ValueError(f"parameter {name}, shape {tuple(p.shape)}, needs a line of its own in parameter_rules")
+        yield name, p, init, group
 
 
 @torch.no_grad()
-def initialise(model, k):
-    """Give every parameter its start. Raises ValueError, with its name, for one left out or that Muon can't move."""
-    for name, p in model.named_parameters():
+def init_weights(model, config):
+    for name, p, init, _group in parameter_rules(model, config):
         p.fill_(math.nan)
-        (kind, value), group = rule(name)
-        value = getattr(k, value) if isinstance(value, str) else value  # a string names a knob
-        if group == "matrix" and p.ndim != 2:
-            raise ValueError(f"parameter {name} has shape {tuple(p.shape)}, and Muon moves matrices: give it a line")
-        if kind == "normal":
-            p.normal_(0.0, value)
-        elif kind == "uniform":
-            bound = value * math.sqrt(3 / model_width(k))  # of uniform ±√3·s the standard deviation is s
-            p.uniform_(-bound, bound)
-        elif kind == "constant":
-            p.fill_(value)
+        init(p)
         if not p.isfinite().all():
-            raise ValueError(f"parameter {name} was left without a start by {kind!r}")
+            raise ValueError(f"parameter {name} is not finite after its init in parameter_rules")
 
 
 # -----------------------------------------------------------------------------
 # Optimizer
 
-# The best polynomial of each of five steps towards singular values of 1 (Polar Express, arXiv 2505.16932)
+# The best polynomial for each of five steps towards singular values of 1 (Polar Express, arXiv 2505.16932)
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -359,71 +348,66 @@ POLAR_EXPRESS = (
 
 
 def polar_express(G):
-    """The orthogonal factor of G (..., m, n), roughly: every singular value is moved to about 1.
+    """The orthogonal factor of G (..., m, n), approximately: every singular value becomes about 1.
 
-    In bfloat16 on a GPU; a CPU has no fast one, there in float32.
+    In bfloat16 on a CUDA GPU; elsewhere in float32, as bfloat16 is slow there.
     """
     X = G.bfloat16() if G.is_cuda else G.float()
     X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = G.size(-2) > G.size(-1)
-    X = X.mT if tall else X  # the Gram matrix below is then the smaller one
+    X = X.mT if tall else X  # A is then the smaller Gram matrix
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if tall else X
 
 
-def averaged_dim(G):
-    """The dimension over which NorMuon averages G (..., m, n): along the rows, of a wide matrix along the columns."""
-    return -1 if G.size(-2) >= G.size(-1) else -2
+def normuon(G, second_moment, beta2):
+    """NorMuon (arXiv 2510.05491): scale rows (columns if G is wide) to the same size over time. Keeps the norm of G.
 
-
-def equalise(G, second, beta2):
-    """NorMuon (arXiv 2510.05491): rows (columns, where G is wide) scaled to the same size over time, the norm kept.
-
-    G (N, m, n), `second` the running mean square of each row or column, updated in place.
+    G (N, m, n), second_moment (N, m, 1) or (N, 1, n): running mean square of each row or column, updated in place.
     """
-    dim = averaged_dim(G)
-    square = G.float().square().mean(dim=dim, keepdim=True)  # (N, m, 1) or (N, 1, n)
-    second.mul_(beta2).add_(square * (1 - beta2))
-    scale = second.clamp_min(1e-10).rsqrt()
-    before = square.sum(dim=(-2, -1), keepdim=True).sqrt()
-    after = (square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
-    return G * (scale * before / after.clamp_min(1e-10))
+    dim = -1 if G.size(-2) >= G.size(-1) else -2
+    mean_square = G.float().square().mean(dim=dim, keepdim=True)  # the shape of second_moment
+    second_moment.mul_(beta2).add_(mean_square * (1 - beta2))
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    norm_before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
+    norm_after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    return G * (scale * norm_before / norm_after.clamp_min(1e-10))
 
 
-def muon_step(p, grad, buffer, second, lr, momentum, beta2, weight_decay):
-    """One step of Muon for N matrices of one shape: p, grad and buffer (N, m, n), changed in place.
+def muon_step(p, grad, momentum_buffer, second_moment, lr, momentum, beta2, weight_decay):
+    """One step of Muon for N matrices of one shape: p, grad and momentum_buffer (N, m, n). Updates p in place.
 
     Muon is steepest descent in the spectral norm: https://kellerjordan.github.io/posts/muon
     """
-    buffer.mul_(momentum).add_(grad * (1 - momentum))
-    update = grad * (1 - momentum) + buffer * momentum  # Nesterov
-    update = equalise(polar_express(update), second, beta2).to(p.dtype)
+    momentum_buffer.mul_(momentum).add_(grad * (1 - momentum))
+    update = grad * (1 - momentum) + momentum_buffer * momentum  # Nesterov
+    update = normuon(polar_express(update), second_moment, beta2).to(p.dtype)
     lr = lr * max(1, p.size(-2) / p.size(-1)) ** 0.5
-    agree = (update * p) >= 0  # cautious: decay only where the step shrinks the weight too (arXiv 2411.16085)
-    p.sub_(lr * (update + weight_decay * p * agree))
+    mask = (update * p) >= 0  # cautious: decay only where the step shrinks the weight too (arXiv 2411.16085)
+    p.sub_(lr * (update + weight_decay * p * mask))
 
 
-def adamw_step(p, grad, mean, square, step, lr, beta1, beta2, eps, weight_decay):
-    """One step of AdamW (arXiv 1711.05101), as torch.optim.AdamW takes it. `step` counts from 1."""
+def adamw_step(p, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay):
+    """One step of AdamW (arXiv 1711.05101), the same as torch.optim.AdamW's. `step` counts from 1."""
     p.mul_(1 - lr * weight_decay)
-    mean.mul_(beta1).add_(grad * (1 - beta1))
-    square.mul_(beta2).add_(grad.square() * (1 - beta2))
-    root = (square / (1 - beta2**step)).sqrt() + eps
-    p.sub_(lr / (1 - beta1**step) * mean / root)
+    exp_avg.mul_(beta1).add_(grad * (1 - beta1))
+    exp_avg_sq.mul_(beta2).add_(grad.square() * (1 - beta2))
+    denom = (exp_avg_sq / (1 - beta2**step)).sqrt() + eps
+    p.sub_(lr / (1 - beta1**step) * exp_avg / denom)
 
 
 class MuonAdamW:
-    """Groups of `kind` "muon" (matrices of one shape, stepped as one stack) and "adamw".
+    """Param groups of `kind` "muon" (matrices of one shape, updated as one stack) and "adamw".
 
-    `compiled` wraps the two step functions: torch.compile on CUDA. Numbers that change from step to step reach them as
-    tensors, since a compiled function is compiled again for each new Python number. It has the fields of a
-    torch.optim.Optimizer and is none: to make one imports the compiler, two seconds that a CPU would wait for nothing.
+    `compiled` wraps the two step functions: torch.compile on CUDA. Numbers that change from step to step are passed as
+    tensors, because a compiled function is compiled again for each new Python number. It has the fields of a
+    torch.optim.Optimizer but is not a subclass: that would import the compiler, two seconds that a CPU does not need.
     """
 
-    def __init__(self, groups, compiled=lambda function: function):
-        self.param_groups = [dict(group, initial_lr=group["lr"]) for group in groups]
+    def __init__(self, param_groups, compiled=lambda function: function):
+        self.param_groups = [dict(group, initial_lr=group["lr"]) for group in param_groups]
         self.state = defaultdict(dict)
         self.muon_step, self.adamw_step = compiled(muon_step), compiled(adamw_step)
 
@@ -443,10 +427,10 @@ class MuonAdamW:
                 continue
             state = self.state[p]
             if not state:
-                state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             state["step"] += 1
             numbers = as_tensors(state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-            self.adamw_step(p, p.grad, state["mean"], state["square"], *numbers)
+            self.adamw_step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *numbers)
 
     def step_muon(self, group):
         params = group["params"]
@@ -455,64 +439,58 @@ class MuonAdamW:
         state = self.state[params[0]]
         stack = torch.stack(params)  # (N, m, n)
         if not state:
-            dim = averaged_dim(stack)
-            state["buffer"] = torch.zeros_like(stack)
-            state["second"] = torch.zeros_like(stack.select(dim, 0).unsqueeze(dim))
+            state["momentum_buffer"] = torch.zeros_like(stack)
+            column, row = stack[:, :, :1], stack[:, :1]
+            state["second_moment"] = torch.zeros_like(column if stack.size(1) >= stack.size(2) else row)
         grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         numbers = as_tensors(group["lr"], group["momentum"], group["beta2"], group["weight_decay"])
-        self.muon_step(stack, grads, state["buffer"], state["second"], *numbers)
-        moved = [(p, new) for p, new in zip(params, stack) if p.grad is not None]
-        torch._foreach_copy_(*map(list, zip(*moved)))
+        self.muon_step(stack, grads, state["momentum_buffer"], state["second_moment"], *numbers)
+        updated = [(p, new) for p, new in zip(params, stack) if p.grad is not None]
+        torch._foreach_copy_(*map(list, zip(*updated)))
 
 
 def as_tensors(*numbers):
     return [torch.tensor(number, dtype=torch.float32) for number in numbers]
 
 
-def make_optimizer(model, k, compiled=lambda function: function):
-    """MuonAdamW over every parameter of the model, each in the group that PARAMETERS names."""
-    members = {}
-    for name, p in model.named_parameters():
-        _, group = rule(name)
+def make_optimizer(model, config, compiled=lambda function: function):
+    """MuonAdamW over every parameter of the model, each in the group that parameter_rules names."""
+    members = {}  # (group, shape of Muon's matrices) -> parameters
+    for _name, p, _init, group in parameter_rules(model, config):
         members.setdefault((group, p.shape if group == "matrix" else None), []).append(p)
-    by_width = (model_width(k) / 768) ** -0.5
-    adamw = dict(kind="adamw", betas=k.ADAM_BETAS, eps=k.ADAM_EPS, weight_decay=0.0)
-    kinds = {
-        "embedding": dict(adamw, lr=k.EMBEDDING_LR * by_width),
-        "head": dict(adamw, lr=k.HEAD_LR * by_width),
-        "resid": dict(adamw, lr=k.RESID_LR),
-        "x0": dict(adamw, lr=k.X0_LR, betas=k.X0_BETAS),
-        "matrix": dict(kind="muon", lr=k.MATRIX_LR, momentum=0.0, beta2=k.MUON_BETA2, weight_decay=0.0),
+    lr_scale = (config.n_embd / 768) ** -0.5
+    adamw = dict(kind="adamw", betas=config.ADAM_BETAS, eps=config.ADAM_EPS, weight_decay=0.0)
+    settings = {
+        "embedding": dict(adamw, lr=config.EMBEDDING_LR * lr_scale),
+        "head": dict(adamw, lr=config.HEAD_LR * lr_scale),
+        "resid": dict(adamw, lr=config.RESID_LR),
+        "x0": dict(adamw, lr=config.X0_LR, betas=config.X0_BETAS),
+        "matrix": dict(kind="muon", lr=config.MATRIX_LR, momentum=0.0, beta2=config.MUON_BETA2, weight_decay=0.0),
     }
-    groups = [dict(kinds[group], params=params) for (group, _), params in members.items()]
-    return MuonAdamW(groups, compiled)
+    return MuonAdamW([dict(settings[group], params=params) for (group, _), params in members.items()], compiled)
 
 
 # -----------------------------------------------------------------------------
 # Schedules
 
 
-def learning_rate_factor(progress, warmdown):
-    """1, then falling to 0 over the last `warmdown` of the time. Progress runs from 0 to 1."""
-    return min(1.0, (1 - progress) / warmdown) if warmdown > 0 else 1.0
-
-
-def set_schedules(optimizer, k, progress, step):
-    """Set what changes: by time the learning rates and the weight decay, by steps Muon's momentum."""
-    factor = learning_rate_factor(progress, k.WARMDOWN)
-    low, high = k.MUON_MOMENTUM
+def set_schedules(optimizer, config, progress, step):
+    """Learning rates and weight decay follow the time, progress 0 to 1; Muon's momentum follows the steps."""
+    warmdown = config.WARMDOWN_RATIO
+    lr_multiplier = min(1.0, (1 - progress) / warmdown) if warmdown > 0 else 1.0
+    low, high = config.MUON_MOMENTUM
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        group["lr"] = group["initial_lr"] * lr_multiplier
         if group["kind"] == "muon":
-            group["momentum"] = low + (high - low) * min(step / k.MUON_MOMENTUM_STEPS, 1)
-            group["weight_decay"] = k.MATRIX_WEIGHT_DECAY * (1 - progress)
+            group["momentum"] = low + (high - low) * min(step / config.MUON_MOMENTUM_STEPS, 1)
+            group["weight_decay"] = config.MATRIX_WEIGHT_DECAY * (1 - progress)
 
 
 # -----------------------------------------------------------------------------
 # Accounting
 
-# Dense bfloat16 peaks with float32 accumulation: a pattern of the device's name, TFLOP/s, where NVIDIA says so (half of
-# a figure that is given for 2:4 sparsity). The first pattern that is found in the name counts.
+# Dense bfloat16 peaks with float32 accumulation: pattern of the device's name, TFLOP/s, source. If the source gives the
+# figure for 2:4 sparsity, half of it. The first pattern that is found in the name counts.
 PEAK_TFLOPS = (
     (r"\bB200\b", 2250, "HGX B200 data sheet"),
     (r"\bGH200\b", 989, "GH200 data sheet"),
@@ -531,44 +509,28 @@ PEAK_TFLOPS = (
     (r"\bRTX 5090$", 209, "RTX Blackwell white paper, appendix"),
     (r"\bRTX 4090$", 165, "Ada white paper, appendix"),
     (r"\bRTX 3090$", 71, "GA102 white paper, appendix"),
+    (r"\bMI355X\b", 2516.6, "MI355X data sheet, 2.5 PFLOP/s: 256 CUs, 4,096 per clock, 2.4 GHz"),
+    (r"\bMI3(00|25)X\b", 1307.4, "MI300X and MI325X data sheets"),
+    (r"\bMI250X$", 191.5, "MI250X data sheet: 383 for two dies, each of which is a device"),
 )
 
 
 def peak_flops(device):
-    """FLOP/s at the most of the GPU at hand; nan for a CPU, a GPU that is not in the table and a part of one (MIG)."""
+    """Peak FLOP/s of this GPU; nan for other devices, a GPU that is not in the table and a slice of one (MIG)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    found = (peak * 1e12 for pattern, peak, _ in PEAK_TFLOPS if re.search(pattern, name))
-    return math.nan if "MIG" in name else next(found, math.nan)
+    peaks = (peak * 1e12 for pattern, peak, _ in PEAK_TFLOPS if re.search(pattern, name))
+    return math.nan if "MIG" in name else next(peaks, math.nan)
 
 
-def flops_per_token(model, k, T):
+def flops_per_token(model, config, T):
     """FLOPs of training on one token, forward and backward, counted from the modules that do them.
 
-    A weight of a linear layer costs 6: a multiplication and an addition, forward once and backward twice (arXiv
-    2204.02311, appendix B). Attention costs 12 per channel and key in the window. Embeddings are looked up: nothing.
+    A weight of a linear layer costs 6: a multiplication and an addition, once forward and twice backward (arXiv
+    2204.02311, appendix B). Attention costs 12 per channel and key in the window. Embedding lookups cost nothing.
     """
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    keys = sum(min(window, T) for window in layer_windows(k, T))
-    return 6 * linear + 12 * model_width(k) * keys
-
-
-class Log:
-    """Progress: one line that renews itself for a person, whole lines now and then for a file."""
-
-    def __init__(self):
-        self.watched = sys.stdout.isatty()
-        self.last = -math.inf
-
-    def line(self, text):
-        if self.watched:
-            print(f"\r{text:<100}", end="", flush=True)
-        elif time.monotonic() - self.last >= LOG_SECONDS:
-            self.last = time.monotonic()
-            print(text, flush=True)
-
-    def close(self):
-        if self.watched:
-            print()
+    keys = sum(min(window, T) for window in window_sizes(config, T))
+    return 6 * linear + 12 * config.n_embd * keys
 
 
 # -----------------------------------------------------------------------------
@@ -576,118 +538,91 @@ class Log:
 
 
 class TrainingError(Exception):
-    """The run can't end in a number: the message says at which step, and what was seen."""
+    """The run can't end in a score. The message says what happened, and at which step."""
 
 
-@contextmanager
-def put_back(model, optimizer):
-    """Whatever is done inside, weights, buffers, schedules and random state are afterwards what they were, bit for bit.
-
-    Gradients and the optimizer's state are gone: this is for before the first step, when there are none.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    values = [tensor.detach().clone() for tensor in tensors]
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values):
-                tensor.copy_(value)
-                tensor.grad = None
-        optimizer.state.clear()
-        for group, before in zip(optimizer.param_groups, groups):
-            group.update(before)
-        torch.set_rng_state(cpu)
-        if gpu is not None:
-            torch.cuda.set_rng_state(gpu)
-
-
-def train_step(forward, optimizer, batch, micro_steps):
-    """Accumulate the gradients of `micro_steps` batches from `batch()` and step. Returns the mean loss, a tensor."""
-    total = 0.0
-    for _ in range(micro_steps):
-        loss = forward(*batch()) / micro_steps
+def train_step(compiled_model, optimizer, loader, grad_accum_steps):
+    """One optimizer step on the gradients of `grad_accum_steps` batches. Returns their mean loss, a tensor."""
+    total_loss = 0.0
+    for _ in range(grad_accum_steps):
+        x, y, _epoch = next(loader)
+        loss = compiled_model(x, y) / grad_accum_steps
         loss.backward()
-        total = total + loss.detach()
+        total_loss = total_loss + loss.detach()
     optimizer.step()
     optimizer.zero_grad()
-    return total
+    return total_loss
+
+
+def train(compiled_model, optimizer, loader, config, grad_accum_steps, peak_rate):
+    """Train until the time is up. Returns the number of steps. Raises TrainingError if the loss explodes."""
+    step, smooth_loss, max_loss, last_line = 0, 0.0, math.inf, -math.inf
+    gc.collect()
+    gc.freeze()  # Python's garbage collector would stop the loop for half a second now and then
+    gc.disable()
+    while not clock.time_is_up():
+        began = time.monotonic()
+        set_schedules(optimizer, config, clock.progress(), step)
+        loss = train_step(compiled_model, optimizer, loader, grad_accum_steps).item()  # waits for the GPU
+        step += 1
+        max_loss = 2 * loss if step == 1 else max_loss  # the first loss is that of a model without knowledge
+        if not math.isfinite(loss) or loss > max_loss:
+            raise TrainingError(f"step {step}: the loss is {loss:.4g}, the limit {max_loss:.4g}: training blew up")
+        smooth_loss += 0.1 * (loss - smooth_loss)
+        terminal, now = sys.stdout.isatty(), time.monotonic()
+        if terminal or now - last_line >= LOG_SECONDS:
+            last_line = now
+            rate = config.TOTAL_BATCH_SIZE / (now - began)
+            mfu = "" if math.isnan(peak_rate) else f" | MFU {100 * rate / peak_rate:.1f} %"
+            line = f"step {step:5d} | {100 * clock.progress():5.1f} % | loss {smooth_loss / (1 - 0.9**step):.4f}"
+            line += f" | {rate:,.0f} tokens/s{mfu} | {clock.seconds():.0f} s"
+            print("\033[F\033[K" + line if terminal and step > 1 else line, flush=True)  # replaces the line
+    gc.enable()
+    return step
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError is of the GPU's memory: the allocator's own, or one of a library's or the compiler's."""
-    says = str(error).lower()
-    signs = ("out of memory", "outofmemory", "alloc_failed", "cublas_status_not_initialized")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in says for sign in signs)
+    """Whether a RuntimeError says that the GPU's memory is full: from the allocator, a library or the compiler."""
+    message = str(error).lower()
+    signs = ("out of memory", "outofmemory", "alloc_failed", "blas_status_not_initialized")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in message for sign in signs)
 
 
-def warm_up(model, forward, optimizer, k, vocab_size, T, device):
-    """Compile, allocate and find the micro-batch, on random tokens, off the clock; then all is as it was.
+def warm_up(build, config, vocab_size, T, device):
+    """Compile, allocate and find the micro-batch: steps on random tokens, with models that are then thrown away.
 
-    Returns the rows of the micro-batch: the most, MAX_MICRO_BATCH at first, that fit the memory.
+    It runs before the clock starts. `build()` returns (model, compiled_model, optimizer). Returns the rows of the
+    micro-batch: the most that fit the memory, up to DEVICE_BATCH_SIZE, and divide the step evenly.
     """
-    rows = k.TOTAL_BATCH // T
-    if rows * T != k.TOTAL_BATCH:
-        fits = max(rows, 1) * T
-        raise TrainingError(
-            f"TOTAL_BATCH {k.TOTAL_BATCH:,} is no multiple of a row, {T} tokens: {fits:,} is (train.py)"
-        )
-    sizes = [n for n in range(min(rows, k.MAX_MICRO_BATCH), 0, -1) if rows % n == 0]  # that share the step out evenly
-    dice = torch.Generator().manual_seed(0)  # of its own: the run's random state is not touched
-    for micro, smaller in zip(sizes, [*sizes[1:], None]):
-        tokens = torch.randint(vocab_size, (2, micro, T), generator=dice).to(device)
-        batch = partial(tuple, tokens)
+    rows, rest = divmod(config.TOTAL_BATCH_SIZE, T)
+    if rest or not rows:
+        raise TrainingError(f"TOTAL_BATCH_SIZE must be a multiple of a row, {T} tokens: {max(rows, 1) * T:,} is one")
+
+    def run_steps(batch_size):
+        model, compiled_model, optimizer = build()
+        x, y = torch.randint(vocab_size, (2, batch_size, T), device=device)
+        # Two on CUDA: from the second on, the optimizer has its state and the gradients have their final layout
+        for _ in range(2 if device.type == "cuda" else 1):
+            train_step(compiled_model, optimizer, itertools.repeat((x, y, 1)), min(2, rows // batch_size))
+        model.eval()
+        with torch.no_grad():
+            compiled_model(x)
+
+    for batch_size in (n for n in range(min(rows, config.DEVICE_BATCH_SIZE), 0, -1) if rows % n == 0):
         try:
-            with put_back(model, optimizer):
-                # twice: the second pass meets the optimizer's state and the gradients' layout as they stay
-                for _ in range(2 if device.type == "cuda" else 1):
-                    train_step(forward, optimizer, batch, min(2, rows // micro))
-                model.eval()
-                with torch.no_grad():
-                    forward(tokens[0])
-                model.train()
-            return micro
+            run_steps(batch_size)
+            return batch_size
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            says = str(error).partition("\n")[0][:200]
-            if smaller:
-                print(f"{micro} rows at once are out of memory, trying {smaller}", flush=True)
-        gc.collect()  # an error's traceback holds tensors in circles
-        torch.cuda.empty_cache()
-        torch.compiler.reset()  # each size is compiled anew, and after eight the compiler would give up in silence
-    raise TrainingError(f"out of GPU memory with one row at a time: make the model smaller ({says})")
-
-
-def train(forward, optimizer, loader, k, micro_steps, vocab_size, flops, peak):
-    """Train until the time is up. Returns the number of steps. Raises TrainingError where the loss explodes."""
-    limit = 2 * math.log(vocab_size)  # nats; a uniform guess costs half of that
-    step, smooth, log = 0, 0.0, Log()
-    gc.collect()
-    gc.freeze()  # Python's collector would stop the loop for half a second now and then
-    gc.disable()
-    try:
-        while not clock.time_is_up():
-            started = time.monotonic()
-            set_schedules(optimizer, k, clock.progress(), step)
-            loss = train_step(forward, optimizer, lambda: next(loader)[:2], micro_steps).item()  # waits for the GPU
-            step += 1
-            if not loss <= limit:
-                raise TrainingError(f"step {step}: the loss is {loss:.4g}, beyond {limit:.1f}: training blew up")
-            smooth += 0.1 * (loss - smooth)
-            rate = k.TOTAL_BATCH / (time.monotonic() - started)
-            mfu = "" if math.isnan(peak) else f" | MFU {100 * flops * rate / peak:.1f} %"
-            log.line(
-                f"step {step:5d} | {100 * clock.progress():5.1f} % | loss {smooth / (1 - 0.9**step):.4f} | "
-                f"{rate:,.0f} tokens/s{mfu} | {clock.seconds():.0f} s"
-            )
-    finally:
-        log.close()
-        gc.enable()
-        gc.unfreeze()
-    return step
+            message = str(error).partition("\n")[0][:200]
+        finally:
+            gc.collect()  # frees the model, which is part of reference cycles
+        print(f"out of memory with {batch_size} rows per micro-batch", flush=True)
+        if device.type != "cpu":
+            torch.get_device_module(device).empty_cache()
+        torch.compiler.reset()  # each size is compiled anew, and after eight the compiler gives up without a word
+    raise TrainingError(f"out of GPU memory with one row per micro-batch: make the model smaller ({message})")
 
 
 # -----------------------------------------------------------------------------
@@ -695,10 +630,10 @@ def train(forward, optimizer, loader, k, micro_steps, vocab_size, flops, peak):
 
 
 def compiler():
-    """torch.compile as a run wants it: for the shapes it meets, each of them, and kept for the next run."""
-    if hasattr(os, "getuid"):  # the cache is named for the user, and a container's may have no name: an error
+    """torch.compile as a run wants it: for each shape that it meets, and kept for the next run."""
+    if hasattr(os, "getuid"):  # the cache is named after the user; in a container the user may have no name: an error
         os.environ.setdefault("USER", str(os.getuid()))
-    torch._dynamo.config.recompile_limit = 64  # shapes of one function, 8 by default: the rest would run uncompiled
+    torch._dynamo.config.recompile_limit = 64  # shapes per function, 8 by default: later ones would run uncompiled
     # PyTorch 2.9 compiles this anew in every run, later releases do not. (The value is a part of the cache's key.)
     torch._inductor.config.unsafe_marked_cacheable_functions = {
         "torch.ops.higher_order.flex_attention_backward": torch.__version__
@@ -706,52 +641,54 @@ def compiler():
     return partial(torch.compile, dynamic=False)
 
 
-def build(k, vocab_size, T, device):
-    """(name of the attention kernel, model, the model as it is called, optimizer) of a run on this device."""
-    cuda = device.type == "cuda"
-    if cuda:  # read at the first allocation: segments that grow waste less. PyTorch 2.9 heeds only this older name
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    torch.set_float32_matmul_precision("high")
-    compiled = compiler() if cuda else (lambda function: function)
-
-    name, attention, reason = pick_attention(T, layer_windows(k, T), k.HEAD_DIM, device)
-    print(f"attention: {name} ({reason})")
+def build(config, vocab_size, T, device, attention):
+    """(model, compiled_model, optimizer) of a run on this device. Each call gives the same weights."""
+    torch.manual_seed(torch.initial_seed())  # the run's seed again, which start_run() has set
+    compiled = compiler() if device.type == "cuda" else (lambda function: function)
     with device:
-        model = GPT(k, vocab_size, T, attention)
-    if cuda:
-        for table in (model.wte, *model.value_embeds.values()):
-            table.bfloat16()  # half the traffic; the rest is cast by autocast
-    return name, model, compiled(model), make_optimizer(model, k, compiled)
+        model = GPT(config, vocab_size, T, attention)
+    if device.type == "cuda":
+        for embedding in (model.wte, *model.value_embeds.values()):
+            embedding.bfloat16()  # half the traffic; autocast casts the other weights
+    return model, compiled(model), make_optimizer(model, config, compiled)
 
 
 def main():
     device = prepare.start_run()
-    k, T = KNOBS[prepare.SCALE], prepare.MAX_SEQ_LEN
+    if device.type == "cuda" and not torch.version.hip:
+        # Such segments waste less memory. PyTorch reads this at the first allocation; 2.9 knows only this older name
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    torch.set_float32_matmul_precision("high")
+    config, T = {"full": FULL, "laptop": LAPTOP}[prepare.SCALE], prepare.MAX_SEQ_LEN
     tokenizer = Tokenizer.from_directory()
-    V = tokenizer.get_vocab_size()
-    name, model, forward, optimizer = build(k, V, T, device)
-    params, flops, peak = sum(p.numel() for p in model.parameters()), flops_per_token(model, k, T), peak_flops(device)
-    print(
-        f"model: depth {k.DEPTH}, width {model_width(k)}, {params / 1e6:.1f} M parameters, "
-        f"{flops / 1e6:.1f} MFLOPs a token"
-    )
-    if device.type == "cuda" and math.isnan(peak):
-        print(f"MFU: nan, PEAK_TFLOPS has no peak of {prepare.device_name()}")
+    vocab_size = tokenizer.get_vocab_size()
 
-    micro = warm_up(model, forward, optimizer, k, V, T, device)
-    print(f"batch: {k.TOTAL_BATCH:,} tokens a step, {micro} rows of {T} at once", flush=True)
-    loader = make_dataloader(tokenizer, micro, T, "train")
-    steps = train(forward, optimizer, loader, k, k.TOTAL_BATCH // (micro * T), V, flops, peak)
-    val_bpb = evaluate_bpb(forward, tokenizer, micro)
-    tokens = steps * k.TOTAL_BATCH
+    attention_name, attention, reason = pick_attention(T, window_sizes(config, T), config.HEAD_DIM, device)
+    print(f"attention: {attention_name} ({reason})", flush=True)
+    build_run = partial(build, config, vocab_size, T, device, attention)
+    batch_size = warm_up(build_run, config, vocab_size, T, device)
+    model, compiled_model, optimizer = build_run()
+    num_params, flops = sum(p.numel() for p in model.parameters()), flops_per_token(model, config, T)
+    size = f"{num_params / 1e6:.1f} M parameters, {flops / 1e6:.1f} MFLOPs per token"
+    print(f"model: depth {config.DEPTH}, width {config.n_embd}, {size}")
+    print(f"batch: {config.TOTAL_BATCH_SIZE:,} tokens per step, {batch_size} rows of {T} per micro-batch", flush=True)
+    peak_rate = peak_flops(device) / flops  # tokens per second at the GPU's peak
+    if device.type == "cuda" and math.isnan(peak_rate):
+        print(f"MFU: nan, as PEAK_TFLOPS has no line for {prepare.device_name()}")
+
+    loader = make_dataloader(tokenizer, batch_size, T, "train")
+    grad_accum_steps = config.TOTAL_BATCH_SIZE // (batch_size * T)
+    num_steps = train(compiled_model, optimizer, loader, config, grad_accum_steps, peak_rate)
+    val_bpb = evaluate_bpb(compiled_model, tokenizer, batch_size)
+    total_tokens = num_steps * config.TOTAL_BATCH_SIZE
     prepare.report(
         val_bpb,
-        mfu_percent=100 * flops * tokens / clock.seconds() / peak,
-        total_tokens=tokens,
-        num_steps=steps,
-        num_params=params,
-        depth=k.DEPTH,
-        attention=name,
+        mfu_percent=100 * total_tokens / clock.seconds() / peak_rate,
+        total_tokens=total_tokens,
+        num_steps=num_steps,
+        num_params=num_params,
+        depth=config.DEPTH,
+        attention=attention_name,
     )
 
 
@@ -760,5 +697,9 @@ if __name__ == "__main__":
         main()
     except (PrepareError, EvaluationError, TrainingError) as error:
         sys.exit(f"train.py: error: {error}")
+    except NotImplementedError as error:
+        if "MPS" not in str(error):
+            raise
+        sys.exit(f"train.py: error: {str(error).partition('. ')[0]}. Run it on the CPU: `DEVICE=cpu uv run train.py`")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted, no val_bpb")

@@ -1,42 +1,43 @@
-"""Speed and memory of train.py files, side by side on this machine. By hand, after `uv run prepare.py`:
+"""Speed and memory of train.py files, side by side on this machine. Run it by hand, after `uv run prepare.py`:
 
     uv run tests/bench_train.py                              train.py: its first run and its second
-    uv run tests/bench_train.py old/train.py train.py        two of them in turns, to compare
+    uv run tests/bench_train.py old/train.py train.py        two files in turns, to compare them
     uv run tests/bench_train.py --seconds 40 --rounds 3 …    the default
 
-Each run is a whole one, with the data, clock and evaluation of the harness, on a budget of --seconds. A file's first
-run starts from an empty compiler cache, the later ones from what it left. Printed for each file: the median of the
-tokens a second, MFU, peak memory, and the seconds outside the budget: until the first batch, and from the last step to
-the end, first run and median of the later ones.
+Each run is a whole one, with the data, clock and evaluation of the harness, on a budget of --seconds. The first run of
+a file starts with an empty compiler cache, the later ones use what it left. Printed for each file: the median of tokens
+per second, MFU, peak memory, and the seconds outside the budget (until the first batch, and from the last step to the
+end) for the first run and as the median of the later ones.
 
-Floors of a step, 2^19 tokens of the full model at depth 8, on an H100 (790 TFLOP/s on random bfloat16, 3.0 TB/s).
-Operations are counted by hand; bytes as torch.compile of PyTorch 2.9.1 plans its kernels for compute capability 9.0,
-each tensor once a kernel. Worked out without a GPU: a prediction to hold a profile against, no measurement.
+Lower bounds for one step of the full model on an H100: 2^19 tokens, 790 TFLOP/s on random bfloat16, 3.0 TB/s. The
+operations are counted by hand, the bytes as torch.compile of PyTorch 2.9.1 plans its kernels for compute capability
+9.0, each tensor once per kernel. This is computed without a GPU: a prediction to compare a profile with, not a
+measurement. The last column is the larger of both, kernel by kernel.
 
-    stage                                         TFLOP     GB    ms: operations   bytes   the larger of each kernel
+    stage                                         TFLOP     GB    ms: operations   bytes   bound
     matrices of the blocks                         79.2    236            100       79     102
     head                                           13.2     27             17        9      17
     attention, windows as they are, 5/2 backward   25.0     52             32       17      32
-    soft-cap and loss, backward with them                   26                       9       9
-    ReLU² and its backward                                  86                      29      29
+    softcap and loss, with backward                         26                       9       9
+    ReLU² with backward                                     86                      29      29
     norms, rotary, residuals, value embeddings             163                      54      54
-    together                                                                               243
+    sum                                                                                    243
 
-That is 2.2 M tokens/s, 1.30 times the original's 1.67. Where the aim of 1.35 must come from, largest first:
-- norm before rotary, where it was the other way round: 215 GB became 163 (17 ms). Done; same mathematics;
-- ReLU² inside the matrix product that precedes it, which takes a Triton product or autotuning: up to 29 ms. Not done;
-- one product for Q, K, V: 26 GB less in the products, which their operations hide, 10 GB more around them: nothing
-  gained in this plan. Not done;
-- logits: the compiler keeps them in bfloat16 and computes loss and gradient in three passes of 8.6 GB: a kernel of our
-  own would save one at most (3 ms). Not done;
-- AdamW is one kernel a table, Muon 36 a shape, numbers reach them as kernel arguments: some milliseconds in all;
-- the loss is read once a step, when some 1,500 kernels have been queued ahead of it: some tenths of a millisecond.
+That is 2.2 M tokens/s, 1.30 times the original's 1.67. The aim is 1.35. What could bring it, largest first:
+- norm before rotary instead of after it: 163 GB instead of 215 (17 ms). Done, with the same result;
+- ReLU² inside the matrix product before it, with a Triton product or autotuning: up to 29 ms. Not done;
+- one product for Q, K, V: 26 GB less in the products, where operations take longer than bytes, and 10 GB more around
+  them: no gain in this plan. Not done;
+- logits: the compiler keeps them in bfloat16 and computes loss and gradient in three passes of 8.6 GB. A kernel of our
+  own would save one of them (3 ms). Not done;
+- AdamW is one kernel per table, Muon 36 per shape: some milliseconds together;
+- the loss is read once per step, after some 1,500 kernels were queued: some tenths of a millisecond.
 
-Memory: the forward pass keeps 0.34 GiB a row of 2,048 tokens, 0.125 of it around ReLU²: 22 GiB for 64 rows, and
-44 for 128, which would make 2^31 logits, one too many for an index of 32 bits.
+Memory: the forward pass keeps 0.34 GiB per row of 2,048 tokens, 0.125 of it around ReLU²: 22 GiB for 64 rows. 128 rows
+would take 44 GiB and make 2^31 logits, one too many for an index of 32 bits.
 
-Outside the budget: evaluation computes 1.7 PFLOP forward and passes over 690 GB of float32 logits about five times,
-about 5 s; packing its rows takes 0.06 s, checking a GB of token files 0.5 s (bench_prepare.py, two CPU cores).
+Outside the budget: evaluation computes 1.7 PFLOP forward and reads 690 GB of float32 logits about five times, about
+5 s. Packing its rows takes 0.06 s, checking a GB of token files 0.5 s (bench_prepare.py, two CPU cores).
 """
 
 import argparse
@@ -58,7 +59,7 @@ constants = prepare.load_manifest(prepare.cache_dir())["constants"]
 constants["TIME_BUDGET"] = prepare.TIME_BUDGET = float(sys.argv[3])
 moments, start, stop = {}, prepare.Clock.start, prepare.Clock.stop
 
-def noted(name, method):
+def record(name, method):
     def call(self):
         moments.setdefault(name, prepare.process_seconds())
         return method(self)
@@ -72,7 +73,7 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, attention, **_):
         attention=attention, device=prepare.device_name(),
     )))
 
-prepare.Clock.start, prepare.Clock.stop = noted("start", start), noted("stop", stop)
+prepare.Clock.start, prepare.Clock.stop = record("start", start), record("stop", stop)
 prepare.report = report
 sys.argv = [sys.argv[2]]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -99,8 +100,8 @@ def run(file, seconds, compiler_cache):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, default=[ROOT / "train.py"])
-    parser.add_argument("--seconds", type=float, default=40, help="of training in each run")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each file, two at least")
+    parser.add_argument("--seconds", type=float, default=40, help="of training per run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per file, at least two")
     args = parser.parse_args()
     files = [file.resolve() for file in args.files]
     runs = {file: [] for file in files}

@@ -1,8 +1,9 @@
-"""What only a CUDA GPU can show: `uv run pytest tests/test_gpu.py -s` there. Without one every test skips itself."""
+"""What needs a CUDA GPU: `uv run pytest tests/test_gpu.py -s` there. Without one every test is skipped."""
 
 import json
 import math
 import os
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import run_python
 from test_loader import arrives_as_packed, without_waiting
-from test_training import agree, learning_curve, make, same, snapshot, use
+from test_training import check_that_precision_costs_nothing, learning_curve
 
 import prepare
 import train
@@ -39,10 +40,10 @@ WINDOWS = (0, 1, 17, T // 2, T - 1, T)
 
 
 def reference(q, k, v, window):
-    """Attention as it is defined, in float64."""
-    shared = q.size(2) // k.size(2)
+    """Attention by its definition, in float64."""
+    group_size = q.size(2) // k.size(2)
     q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-    k, v = (t.repeat_interleave(shared, dim=1) for t in (k, v))
+    k, v = (t.repeat_interleave(group_size, dim=1) for t in (k, v))
     distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
     score = (q @ k.mT / D**0.5).masked_fill((distance < 0) | (distance > window), -math.inf)
     return (score.softmax(-1) @ v).transpose(1, 2)
@@ -55,13 +56,13 @@ def kernel(name):
         return torch.compile(train.flex_attention_for(T, WINDOWS, CUDA), dynamic=False, fullgraph=True)
     try:
         return train.flash3_attention()
-    except Exception as error:  # no network, or no build for this GPU: the same reasons that leave it out of a run
+    except Exception as error:  # no network, no build for this GPU: a run does without it too
         pytest.skip(f"no FlashAttention-3: {type(error).__name__}: {error}")
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 @pytest.mark.parametrize("name", ["sdpa", "flex", "fa3"])
-def test_each_kernel_against_float64(name, n_kv_head):
+def test_attention_kernel_against_float64(name, n_kv_head):
     attention = kernel(name)
     torch.manual_seed(0)
     leaves = [
@@ -69,20 +70,20 @@ def test_each_kernel_against_float64(name, n_kv_head):
         for heads in (4, n_kv_head, n_kv_head)
     ]
     above = torch.randn(2, T, 4, D, device=CUDA, dtype=torch.bfloat16)
-    # bfloat16 keeps 8 bits: inputs and results of order 1 to 4 are off by up to 2^-7, weights are rounded too. A window
-    # of one key more or less moves some output by more than 0.1 wherever the window is shorter than 100 keys.
-    band = dict(atol=0.03, rtol=0.02)
+    # bfloat16 keeps 8 bits: inputs and results of order 1 to 4 are off by up to 2^-7, weights are rounded too. One key
+    # more or less changes some output by more than 0.1 where the window is shorter than 100 keys.
+    tolerance = dict(atol=0.03, rtol=0.02)
     for window in WINDOWS:
         got, wanted = attention(*leaves, window), reference(*leaves, window)
         assert got.shape == wanted.shape and got.dtype == torch.bfloat16
-        torch.testing.assert_close(got.double(), wanted, **band)
+        torch.testing.assert_close(got.double(), wanted, **tolerance)
         for one, other in zip(torch.autograd.grad(got, leaves, above), torch.autograd.grad(wanted, leaves, above)):
-            torch.testing.assert_close(one.double(), other.double(), **band)
+            torch.testing.assert_close(one.double(), other.double(), **tolerance)
     off_by_one = reference(*leaves, 18)
     assert (off_by_one - reference(*leaves, 17)).abs().max() > 0.1
 
 
-def test_the_choice_is_made_once_and_said():
+def test_pick_attention():
     name, _, reason = train.pick_attention(T, WINDOWS, D, CUDA)
     assert name in ("fa3", "flex") and reason
     print(f"attention: {name} ({reason})")
@@ -99,9 +100,9 @@ import prepare, train
 seen, warm_up = {}, train.warm_up
 
 def watched_warm_up(*arguments):
-    micro = warm_up(*arguments)
+    batch_size = warm_up(*arguments)
     seen["graphs"] = counters["stats"]["unique_graphs"]
-    return micro
+    return batch_size
 
 def report(val_bpb, **values):
     print(json.dumps(values | {
@@ -140,20 +141,20 @@ def test_nothing_is_compiled_after_the_warm_up(runs):
         assert run["graphs"] == run["warm_graphs"] > 3
 
 
-def test_the_second_run_starts_from_the_compilers_cache(runs):
+def test_the_second_run_uses_the_compilers_cache(runs):
     first, second = runs
     assert first["compiled"] > 0 and second["compiled"] == 0
     assert second["seconds_outside"] < first["seconds_outside"]
 
 
-def test_segments_grow(runs):
+def test_memory_segments_are_expandable(runs):
     assert all(run["expandable"] for run in runs)
 
 
 def test_the_runs_learn(runs):
     for run in runs:
         assert run["num_steps"] > 20 and 0.1 < run["val_bpb"] < 4
-    # one seed, one place to start from: kernels with atomic additions and the clock make the rest
+    # the same seed and weights: atomic additions in the kernels and the clock make the difference
     assert runs[0]["val_bpb"] == pytest.approx(runs[1]["val_bpb"], rel=0.05)
 
 
@@ -169,50 +170,57 @@ def test_cuda_visible_devices_picks_one(session_cache, tmp_path):
 # Warm-up and memory
 
 
-def test_put_back_bit_for_bit():
-    with CUDA:
-        model, optimizer = make()
-        before = *snapshot(model, optimizer), torch.cuda.get_rng_state()
-        with train.put_back(model, optimizer):
-            use(model, optimizer)
-            during = *snapshot(model, optimizer), torch.cuda.get_rng_state()
-        after = *snapshot(model, optimizer), torch.cuda.get_rng_state()
-    assert same(after, before)
-    for part, other in zip(during[:4], before):  # weights, schedules, gradients, optimizer state had been moved
-        assert not same(part, other)
-    assert not torch.equal(during[-1], before[-1])
+def test_the_warm_up_leaves_no_trace():
+    """The model that trains has the weights and the random state that it would have without a warm-up."""
+    config, models, states = replace(train.FULL, DEPTH=2, TOTAL_BATCH_SIZE=2**14, DEVICE_BATCH_SIZE=4), [], []
+
+    def build():
+        assert not any(model() for model in models), "the model of the warm-up is still in memory"
+        parts = train.build(config, 8192, 2048, CUDA, train.sdpa_attention)
+        models.append(weakref.ref(parts[0]))
+        states.append([p.detach().cpu() for p in parts[0].parameters()])
+        states[-1] += [torch.get_rng_state(), torch.cuda.get_rng_state()]
+        return parts
+
+    torch.manual_seed(3)
+    assert train.warm_up(build, config, 8192, 2048, CUDA) == 4
+    build()
+    assert len(states) == 2 and all(map(torch.equal, *states))
 
 
 FIT = """
-import json, sys, torch, prepare, train
-limit, T, V, k = float(sys.argv[1]) * 2**30, 2048, 8192, train.FULL
+import itertools, json, sys, torch, train
+from functools import partial
+limit, T, V, config = float(sys.argv[1]) * 2**30, 2048, 8192, train.FULL
 device = torch.device("cuda")
 torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
-_, model, forward, optimizer = train.build(k, V, T, device)
-micro = train.warm_up(model, forward, optimizer, k, V, T, device)
-x = torch.randint(V, (micro, T), device=device)
-micro_steps = k.TOTAL_BATCH // (micro * T)
-losses = [train.train_step(forward, optimizer, lambda: (x, x), micro_steps).item() for _ in range(2)]
+_, attention, _ = train.pick_attention(T, train.window_sizes(config, T), config.HEAD_DIM, device)
+build = partial(train.build, config, V, T, device, attention)
+batch_size = train.warm_up(build, config, V, T, device)
+_, compiled_model, optimizer = build()
+
+x = torch.randint(V, (batch_size, T), device=device)
+loader, steps = itertools.repeat((x, x.clone(), 1)), config.TOTAL_BATCH_SIZE // (batch_size * T)
+losses = [train.train_step(compiled_model, optimizer, loader, steps).item() for _ in range(2)]
 peak = torch.cuda.max_memory_reserved() / 2**30
-print(json.dumps(dict(micro=micro, tokens=micro * T * micro_steps, peak=peak, losses=losses)))
+print(json.dumps(dict(batch_size=batch_size, tokens=batch_size * T * steps, peak=peak, losses=losses)))
 """
 
 
 @pytest.mark.parametrize("gigabytes", [16, 24, 40])
-def test_the_full_model_fits_itself_to(gigabytes):
+def test_the_full_model_fits_into(gigabytes):
     if torch.cuda.get_device_properties(0).total_memory < gigabytes * 2**30:
         pytest.skip("this GPU has less")
-    # named here, as the limit is set before `build` could name it
+    # set here, because FIT does not run main(), which sets it
     growing = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     done = run_python("-c", FIT, gigabytes, timeout=600, CUDA_VISIBLE_DEVICES=visible, **growing)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["tokens"] == train.FULL.TOTAL_BATCH and found["peak"] <= gigabytes
+    assert found["tokens"] == train.FULL.TOTAL_BATCH_SIZE and found["peak"] <= gigabytes
     assert found["losses"][1] < found["losses"][0]
-    smaller = done.stdout.count("out of memory, trying")
-    assert found["micro"] == train.FULL.MAX_MICRO_BATCH >> smaller  # each try is half of the last
+    assert found["batch_size"] == train.FULL.DEVICE_BATCH_SIZE >> done.stdout.count("out of memory with")  # halved
 
 
 # -----------------------------------------------------------------------------
@@ -220,25 +228,23 @@ def test_the_full_model_fits_itself_to(gigabytes):
 
 
 def test_the_residual_stream_has_16_bits():
-    with CUDA:
-        model, _ = make()
-        for table in (model.wte, *model.value_embeds.values()):
-            table.bfloat16()
-        types = []
-        for block in model.blocks:
-            block.register_forward_hook(lambda module, inputs, output: types.append((inputs[0].dtype, output.dtype)))
-        tokens = torch.zeros(2, 8, dtype=torch.long)
-        loss, logits = model(tokens, tokens), model(tokens)
+    config = replace(train.FULL, DEPTH=2)
+    model, _, _ = train.build(config, 32, 8, CUDA, train.sdpa_attention)
+    types = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: types.append((inputs[0].dtype, output.dtype)))
+    tokens = torch.zeros(2, 8, dtype=torch.long, device=CUDA)
+    loss, logits = model(tokens, tokens), model(tokens)
     assert set(types) == {(torch.bfloat16, torch.bfloat16)} and loss.dtype == logits.dtype == torch.float32
 
 
-def test_sixteen_bits_learn_as_32_do(monkeypatch):
+def test_bfloat16_learns_as_much_as_float32(monkeypatch):
     """The model of four layers and width 256 in bfloat16, as a run has it, and in float32: see test_training.py."""
-    k = replace(train.FULL, DEPTH=4, HEAD_DIM=64, TOTAL_BATCH=16 * 256)
-    half = learning_curve(k, 512, 256, 300, CUDA, tables=torch.bfloat16)
+    config = replace(train.FULL, DEPTH=4, HEAD_DIM=64, TOTAL_BATCH_SIZE=16 * 256)
+    half = learning_curve(config, 512, 256, 300, CUDA, embeddings=torch.bfloat16)
     monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
-    full = learning_curve(k, 512, 256, 300, CUDA)
-    agree(half, full, 512)
+    full = learning_curve(config, 512, 256, 300, CUDA)
+    check_that_precision_costs_nothing(half, full, 512)
 
 
 # -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""MuonAdamW against torch's AdamW, the SVD and steps worked by hand; its schedules; who is moved by what."""
+"""MuonAdamW against torch's AdamW, the SVD and steps worked by hand; param groups; schedules."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,7 @@ SHAPES = [(48, 48), (16, 64), (64, 16)]  # square, wide, tall
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def dice(seed=0):
+def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
@@ -27,47 +27,47 @@ def muon_group(params, **changes):
 
 
 def parameters(*shapes, seed=0):
-    return [torch.nn.Parameter(torch.randn(shape, generator=dice(seed + i))) for i, shape in enumerate(shapes)]
+    return [torch.nn.Parameter(torch.randn(shape, generator=rng(seed + i))) for i, shape in enumerate(shapes)]
 
 
 # -----------------------------------------------------------------------------
 # AdamW
 
 
-def test_adamw_is_torchs():
+def test_adamw_equals_torchs():
     shapes = [(20, 8), (5,), (3, 4, 5)]
-    mine, theirs = parameters(*shapes), parameters(*shapes)
-    optimizer = train.MuonAdamW([adamw_group(mine)])
-    oracle = torch.optim.AdamW(theirs, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
-    random = dice(1)
+    ours, torchs = parameters(*shapes), parameters(*shapes)
+    optimizer = train.MuonAdamW([adamw_group(ours)])
+    oracle = torch.optim.AdamW(torchs, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
+    generator = rng(1)
     for step in range(20):
-        for a, b in zip(mine, theirs):
-            a.grad = torch.randn(a.shape, generator=random)
-            a.grad[0], a.grad[1] = 0, a.grad[1] * 1e-10  # a token that never comes, and where eps counts
+        for a, b in zip(ours, torchs):
+            a.grad = torch.randn(a.shape, generator=generator)
+            a.grad[0], a.grad[1] = 0, a.grad[1] * 1e-10  # a token that never occurs, and gradients as small as eps
             b.grad = a.grad.clone()
         for group in (*optimizer.param_groups, *oracle.param_groups):
             group["lr"] = 0.01 * (1 - step / 20)
         optimizer.step()
         oracle.step()
-    # torch keeps the betas and their powers in float64, here they are float32: 1 - 0.95^step is 1e-6 off at most, and
-    # so is an update of 0.01; twenty of them, and as many roundings of weights of about 1 (6e-8 each), add up to 1e-6
-    for a, b in zip(mine, theirs):
+    # torch keeps the betas and their powers in float64, here they are float32: 1 - 0.95^step is off by up to 1e-6, and
+    # so is an update of 0.01. Twenty of them, and as many roundings of weights of about 1 (6e-8 each), add up to 1e-6
+    for a, b in zip(ours, torchs):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=0)
-        torch.testing.assert_close(optimizer.state[a]["mean"], oracle.state[b]["exp_avg"], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(optimizer.state[a]["square"], oracle.state[b]["exp_avg_sq"], atol=1e-6, rtol=1e-5)
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(optimizer.state[a][name], oracle.state[b][name], atol=1e-6, rtol=1e-5)
 
 
 # -----------------------------------------------------------------------------
 # Polar Express
 
-# The last of the five polynomials swings between these two wherever the four before it have done their work, which
-# they have for every singular value above 0.0015 of the Frobenius norm (measured; a smaller one may end lower).
+# The last of the five polynomials takes its values between these two for every singular value that was above 0.0015 of
+# the Frobenius norm (measured; a smaller one may end lower).
 LOW, HIGH = 0.8588, 1.1412
 
 
 def matrices(*shape, least=0.01):
     """Random matrices with singular values spread evenly in the logarithm from 1 down to `least`, float64."""
-    U, S, V = torch.linalg.svd(torch.randn(shape, generator=dice(), dtype=torch.float64), full_matrices=False)
+    U, S, V = torch.linalg.svd(torch.randn(shape, generator=rng(), dtype=torch.float64), full_matrices=False)
     return U @ torch.diag(torch.logspace(0, math.log10(least), S.size(-1), dtype=torch.float64)) @ V
 
 
@@ -79,7 +79,7 @@ def test_polar_express_against_the_svd(shape):
     s = torch.linalg.svdvals(P)
     # float32 rounds at 6e-8 and the polynomials enlarge a small singular value up to 8.2·4.0·3.9·3.3·2.3 = 990-fold
     assert s.min() > LOW - 1e-4 and s.max() < HIGH + 1e-4
-    # singular vectors and signs stay: no direction is further from the polar factor UVᵀ than its singular value from 1
+    # singular vectors and signs stay: a direction differs from the polar factor UVᵀ only by its singular value from 1
     assert torch.linalg.matrix_norm(P - U @ V, ord=2).max() < 1 - LOW + 1e-4
     # Kantorovich: singular values within [a, b] have a cosine with all-equal ones of at least 2·√(ab) / (a + b)
     cosine = (P * (U @ V)).sum((-2, -1)) / (P.norm(dim=(-2, -1)) * S.size(-1) ** 0.5)
@@ -88,7 +88,7 @@ def test_polar_express_against_the_svd(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_polar_express_is_its_polynomials_of_the_singular_values(shape):
-    G = matrices(*shape, least=1e-4)  # some too small to reach the band: the way there counts too
+    G = matrices(*shape, least=1e-4)  # some are too small to end near 1
     U, s, V = torch.linalg.svd(G, full_matrices=False)
     s = s / (1.02 * G.norm() + 1e-6)
     for a, b, c in train.POLAR_EXPRESS:
@@ -96,7 +96,7 @@ def test_polar_express_is_its_polynomials_of_the_singular_values(shape):
     torch.testing.assert_close(train.polar_express(G.float()).double(), U @ torch.diag(s) @ V, atol=1e-4, rtol=0)
 
 
-def test_polar_express_of_nothing_is_nothing():
+def test_polar_express_of_zeros_is_zeros():
     assert torch.equal(train.polar_express(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8))
 
 
@@ -105,30 +105,29 @@ def test_polar_express_of_nothing_is_nothing():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equalise_evens_rows_or_columns_and_keeps_the_norm(shape):
-    short = -1 if shape[0] >= shape[1] else -2  # along which a line lies
-    scale = torch.logspace(-1, 1, max(shape)).unsqueeze(short)
-    G = torch.randn(2, *shape, generator=dice()) * scale
-    second = torch.zeros_like(G.select(short, 0).unsqueeze(short))
-    out = train.equalise(G, second, 0.95)
-    lines = out.norm(dim=short)
+def test_normuon_gives_rows_or_columns_the_same_size_and_keeps_the_norm(shape):
+    dim = -1 if shape[0] >= shape[1] else -2
+    G = torch.randn(2, *shape, generator=rng()) * torch.logspace(-1, 1, max(shape)).unsqueeze(dim)
+    second_moment = torch.zeros_like(G.select(dim, 0).unsqueeze(dim))
+    out = train.normuon(G, second_moment, 0.95)
+    sizes = out.norm(dim=dim)
     # float32, sums of up to 3,072 squares
     torch.testing.assert_close(out.norm(dim=(-2, -1)), G.norm(dim=(-2, -1)), rtol=1e-5, atol=0)
-    torch.testing.assert_close(lines, lines[:, :1].expand_as(lines), rtol=1e-5, atol=0)
-    assert G.norm(dim=short).amax() > 50 * G.norm(dim=short).amin()  # they were not even before
-    torch.testing.assert_close(second, 0.05 * G.square().mean(dim=short, keepdim=True), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sizes, sizes[:, :1].expand_as(sizes), rtol=1e-5, atol=0)
+    assert G.norm(dim=dim).amax() > 50 * G.norm(dim=dim).amin()  # before, they differed
+    torch.testing.assert_close(second_moment, 0.05 * G.square().mean(dim=dim, keepdim=True), rtol=1e-5, atol=0)
 
 
-def test_equalise_by_hand():
-    # Mean squares of the rows are 12.5 and 0.125. With β2 = 0.5 the running ones become 6.25 and 0.0625, their inverse
-    # roots 0.4 and 4: (1.2, 1.6) and (0, 2), norm √8. The norm was √25.25.
-    second = torch.zeros(1, 2, 1)
-    out = train.equalise(torch.tensor([[[3.0, 4.0], [0.0, 0.5]]]), second, 0.5)
+def test_normuon_by_hand():
+    # The mean squares of the rows are 12.5 and 0.125. With β2 = 0.5 the running ones become 6.25 and 0.0625, their
+    # inverse roots 0.4 and 4: (1.2, 1.6) and (0, 2), norm √8. The norm was √25.25.
+    second_moment = torch.zeros(1, 2, 1)
+    out = train.normuon(torch.tensor([[[3.0, 4.0], [0.0, 0.5]]]), second_moment, 0.5)
     wanted = torch.tensor([[[1.2, 1.6], [0.0, 2.0]]]) * (25.25 / 8) ** 0.5
     torch.testing.assert_close(out, wanted)
-    assert second.flatten().tolist() == pytest.approx([6.25, 0.0625])
-    # A second matrix is scaled by what both had: means 1 and 1 make it 3.625 and 0.53125, whatever its own rows are.
-    out = train.equalise(torch.ones(1, 2, 2), second, 0.5)
+    assert second_moment.flatten().tolist() == pytest.approx([6.25, 0.0625])
+    # The second matrix has mean squares 1 and 1, which make the running ones 3.625 and 0.53125.
+    out = train.normuon(torch.ones(1, 2, 2), second_moment, 0.5)
     assert (out[0, 0, 0] / out[0, 1, 0]).item() == pytest.approx((0.53125 / 3.625) ** 0.5)
     assert out.norm().item() == pytest.approx(2)
 
@@ -137,53 +136,54 @@ def test_equalise_by_hand():
 # Muon
 
 
-def svd_muon_step(p, grad, buffer, second, lr, momentum, beta2, weight_decay):
-    """muon_step of one matrix once more, in float64 from the papers' formulas, the polar step through the SVD."""
+def svd_muon_step(p, grad, momentum_buffer, second_moment, lr, momentum, beta2, weight_decay):
+    """muon_step of one matrix again, in float64 from the papers' formulas, the polar step through the SVD."""
     m, n = p.shape
-    buffer = momentum * buffer + (1 - momentum) * grad
-    U, s, V = torch.linalg.svd(momentum * buffer + (1 - momentum) * grad, full_matrices=False)
+    momentum_buffer = momentum * momentum_buffer + (1 - momentum) * grad
+    U, s, V = torch.linalg.svd(momentum * momentum_buffer + (1 - momentum) * grad, full_matrices=False)
     s = s / (1.02 * s.norm() + 1e-6)
     for a, b, c in train.POLAR_EXPRESS:
         s = a * s + b * s**3 + c * s**5
     O = U @ torch.diag(s) @ V  # noqa: E741
-    second = beta2 * second + (1 - beta2) * O.square().mean(1 if m >= n else 0, keepdim=True)
-    O_hat = O / second.sqrt()
+    second_moment = beta2 * second_moment + (1 - beta2) * O.square().mean(1 if m >= n else 0, keepdim=True)
+    O_hat = O / second_moment.sqrt()
     O_hat *= O.norm() / O_hat.norm()
     lr = lr * max(1, m / n) ** 0.5
-    return p - lr * O_hat - lr * weight_decay * torch.where(O_hat * p >= 0, p, 0), buffer, second
+    p = p - lr * O_hat - lr * weight_decay * torch.where(O_hat * p >= 0, p, 0)
+    return p, momentum_buffer, second_moment
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_stacked_step_is_the_single_ones_and_the_svds(shape):
+def test_a_stacked_muon_step_equals_single_ones_and_the_svds(shape):
     N, dim = 3, 1 if shape[0] >= shape[1] else 0
-    p = torch.randn(N, *shape, generator=dice())
-    second = torch.zeros_like(p.select(dim + 1, 0).unsqueeze(dim + 1))
-    stack = [p, torch.zeros_like(p), second]  # p, buffer, second
+    p = torch.randn(N, *shape, generator=rng())
+    second_moment = torch.zeros_like(p.select(dim + 1, 0).unsqueeze(dim + 1))
+    stack = [p, torch.zeros_like(p), second_moment]
     alone = [[t[i : i + 1].clone() for t in stack] for i in range(N)]
     exact = [[t[i].double() for t in stack] for i in range(N)]
     numbers = dict(lr=0.02, momentum=0.9, beta2=0.95, weight_decay=0.1)
 
     for step in range(4):
-        grad = torch.randn(N, *shape, generator=dice(step + 1))
+        grad = torch.randn(N, *shape, generator=rng(step + 1))
         train.muon_step(stack[0], grad.clone(), *stack[1:], **numbers)
         for i in range(N):
             train.muon_step(alone[i][0], grad[i : i + 1].clone(), *alone[i][1:], **numbers)
             exact[i] = svd_muon_step(exact[i][0], grad[i].double(), *exact[i][1:], **numbers)
 
-    assert (stack[0] - torch.randn(N, *shape, generator=dice())).abs().max() > 0.01  # they went somewhere
+    assert (stack[0] - torch.randn(N, *shape, generator=rng())).abs().max() > 0.01  # they moved
     for i in range(N):
         for a, b, c in zip(stack, alone[i], exact[i]):
-            # float32, a thousandfold in Polar Express (see above), of which a weight sees lr = 0.02 to 0.04 a step
+            # float32, enlarged a thousandfold in Polar Express (see above), times lr = 0.02 to 0.04 per step
             torch.testing.assert_close(a[i], b[0], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(a[i].double(), c, atol=1e-5, rtol=1e-4)
 
 
-def test_the_optimizer_stacks_what_is_in_a_group():
+def test_the_optimizer_stacks_the_matrices_of_a_group():
     together, apart = parameters((8, 16), (8, 16)), parameters((8, 16), (8, 16))
     one, two = train.MuonAdamW([muon_group(together)]), train.MuonAdamW([muon_group([p]) for p in apart])
     for step in range(3):
         for i, (a, b) in enumerate(zip(together, apart)):
-            a.grad = torch.randn(8, 16, generator=dice(10 * step + i))
+            a.grad = torch.randn(8, 16, generator=rng(10 * step + i))
             b.grad = a.grad.clone()
         one.step()
         two.step()
@@ -196,46 +196,44 @@ def one_muon_step(p, grad, **numbers):
     """The weights after a first step, float32."""
     dim = -1 if p.size(0) >= p.size(1) else -2
     stack = p.clone()[None]
-    buffer, second = torch.zeros_like(stack), torch.zeros_like(stack.select(dim, 0).unsqueeze(dim))
+    momentum_buffer, second_moment = torch.zeros_like(stack), torch.zeros_like(stack.select(dim, 0).unsqueeze(dim))
     numbers = dict(dict(lr=0.02, momentum=0.9, beta2=0.95, weight_decay=0.0), **numbers)
-    train.muon_step(stack, grad.clone()[None], buffer, second, **numbers)
+    train.muon_step(stack, grad.clone()[None], momentum_buffer, second_moment, **numbers)
     return stack[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cautious_decay_only_shrinks_and_only_with_the_step(shape):
+def test_cautious_weight_decay_acts_only_where_the_step_shrinks_the_weight(shape):
     lr = 0.02 * max(1, shape[0] / shape[1]) ** 0.5
-    p, grad = torch.randn(2, *shape, generator=dice())
+    p, grad = torch.randn(2, *shape, generator=rng())
     plain, decayed = one_muon_step(p, grad), one_muon_step(p, grad, weight_decay=0.5)
     update = p - plain
-    with_it = update * p > 0  # the step shrinks the weight
-    assert 0.3 < with_it.float().mean() < 0.7  # both kinds are there
-    assert torch.equal(decayed[~with_it], plain[~with_it])
-    extra = (plain - decayed)[with_it]
-    # of weights up to 4, rounded at 4·6e-8 before and after
-    torch.testing.assert_close(extra, (lr * 0.5 * p)[with_it], atol=1e-6, rtol=0)
-    assert (extra * update[with_it] >= 0).all()  # never against the step
+    shrinks = update * p > 0
+    assert 0.3 < shrinks.float().mean() < 0.7  # both kinds occur
+    assert torch.equal(decayed[~shrinks], plain[~shrinks])
+    # weights up to 4, rounded at 4·6e-8 before and after
+    torch.testing.assert_close((plain - decayed)[shrinks], (lr * 0.5 * p)[shrinks], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("shape, factor", list(zip(SHAPES, (1, 1, 2))))
-def test_the_learning_rate_is_a_spectral_norm_times_the_root_of_rows_over_columns(shape, factor):
+def test_learning_rate_is_spectral_norm_times_root_of_rows_over_columns(shape, factor):
     grad = matrices(*shape).float()
     moved = one_muon_step(torch.zeros(shape), grad, lr=0.02)
-    # NorMuon keeps the Frobenius norm of the orthogonalised gradient, which is √rank within the band. A first step's
-    # gradient is 0.19 of the real one, of which Polar Express's + 1e-6 is a millionth, enlarged on the way to 1e-5
+    # NorMuon keeps the Frobenius norm of the orthogonal factor, which is √rank times LOW to HIGH. The first step takes
+    # 0.19 of the gradient; Polar Express's + 1e-6 changes that by a millionth, which grows to 1e-5
     assert moved.norm().item() == pytest.approx(0.02 * factor * train.polar_express(grad).norm().item(), rel=1e-4)
     assert LOW < moved.norm().item() / (0.02 * factor * min(shape) ** 0.5) < HIGH
     assert (moved * grad).sum() < 0  # downhill
 
 
 # -----------------------------------------------------------------------------
-# MuonAdamW and its groups
+# Param groups
 
 
-def test_parameters_without_a_gradient_stay():
+def test_parameters_without_a_gradient_stay_the_same():
     muon, adamw = parameters((4, 8), (4, 8), (4, 8)), parameters((6,), (6,))
-    idle = parameters((8, 8), (3,))
-    groups = [muon_group(muon), adamw_group(adamw), muon_group(idle[:1]), adamw_group(idle[1:])]
+    unused = parameters((8, 8), (3,))
+    groups = [muon_group(muon), adamw_group(adamw), muon_group(unused[:1]), adamw_group(unused[1:])]
     optimizer = train.MuonAdamW(groups)
     before = [[p.detach().clone() for p in group["params"]] for group in groups]
     for _ in range(2):
@@ -247,52 +245,31 @@ def test_parameters_without_a_gradient_stay():
             assert torch.equal(p, start) == (p.grad is None)
 
 
-TINY = replace(train.FULL, DEPTH=2, ASPECT_RATIO=8, HEAD_DIM=8, N_KV_HEAD=1, VE_GATE_CHANNELS=8)  # width 16
-
-
-@pytest.mark.parametrize(
-    "name, group",
-    [
-        ("wte.weight", "embedding"),
-        ("value_embeds.7.weight", "embedding"),
-        ("lm_head.weight", "head"),
-        ("resid_lambdas", "resid"),
-        ("x0_lambdas", "x0"),
-        ("blocks.0.attn.c_q.weight", "matrix"),
-        ("blocks.11.attn.c_proj.weight", "matrix"),
-        ("blocks.3.mlp.c_proj.weight", "matrix"),
-        ("blocks.3.attn.ve_gate.weight", "matrix"),
-        ("blocks.0.mlp.invented.weight", "matrix"),
-    ],
-)
-def test_rule(name, group):
-    assert train.rule(name)[1] == group
-
-
-@pytest.mark.parametrize("name", ["wpe.weight", "blocks.0.mlp.c_fc.bias", "lm_head.bias", "resid_lambdas.2"])
-def test_rule_for_a_parameter_that_has_none(name):
-    with pytest.raises(ValueError, match=name):
-        train.rule(name)
-
-
-def test_groups_of_the_baseline():
-    model = train.GPT(TINY, 32, 8, train.sdpa_attention)
-    groups = {name: group for group in train.make_optimizer(model, TINY).param_groups
-              for name, p in model.named_parameters() if any(p is q for q in group["params"])}  # fmt: skip
-    root = (16 / 768) ** -0.5
-    for name, lr, betas in [
-        ("wte.weight", 0.6 * root, (0.8, 0.95)),
-        ("value_embeds.1.weight", 0.6 * root, (0.8, 0.95)),
-        ("lm_head.weight", 0.004 * root, (0.8, 0.95)),
-        ("resid_lambdas", 0.005, (0.8, 0.95)),
-        ("x0_lambdas", 0.5, (0.96, 0.95)),
-    ]:
-        group = groups[name]
-        assert group["kind"] == "adamw" and group["lr"] == pytest.approx(lr) and group["betas"] == betas, name
-        assert group["eps"] == 1e-10 and group["weight_decay"] == 0, name
-    for name in groups:
-        if name.startswith("blocks."):
-            assert groups[name]["kind"] == "muon" and groups[name]["lr"] == 0.04 and groups[name]["beta2"] == 0.95
+def test_param_groups_of_the_baseline():
+    config = replace(train.FULL, DEPTH=2, ASPECT_RATIO=8, HEAD_DIM=8, N_KV_HEAD=1, VE_GATE_CHANNELS=8)  # width 16
+    model = train.GPT(config, 32, 8, train.sdpa_attention)
+    groups = train.make_optimizer(model, config).param_groups
+    by_name = {
+        name: group for group in groups for name, p in model.named_parameters() if id(p) in map(id, group["params"])
+    }
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
+    scale = (16 / 768) ** -0.5
+    adamw = {
+        "wte.weight": (0.6 * scale, (0.8, 0.95)),
+        "value_embeds.1.weight": (0.6 * scale, (0.8, 0.95)),
+        "lm_head.weight": (0.004 * scale, (0.8, 0.95)),
+        "resid_lambdas": (0.005, (0.8, 0.95)),
+        "x0_lambdas": (0.5, (0.96, 0.95)),
+    }
+    for name, group in by_name.items():
+        if name in adamw:
+            lr, betas = adamw[name]
+            assert group["kind"] == "adamw" and group["lr"] == pytest.approx(lr) and group["betas"] == betas, name
+            assert group["eps"] == 1e-10 and group["weight_decay"] == 0, name
+        else:
+            assert name.startswith("blocks.") and group["kind"] == "muon", name
+            assert group["lr"] == 0.04 and group["beta2"] == 0.95, name
+            assert len({p.shape for p in group["params"]}) == 1, name  # they are stacked
 
 
 # -----------------------------------------------------------------------------
@@ -300,22 +277,25 @@ def test_groups_of_the_baseline():
 
 
 @pytest.mark.parametrize(
-    "progress, warmdown, factor",
+    "progress, warmdown_ratio, lr_multiplier",
     [(0, 0.5, 1), (0.5, 0.5, 1), (0.75, 0.5, 0.5), (0.9, 0.5, 0.2), (1, 0.5, 0), (0.25, 1, 0.75), (1, 0, 1)],
 )
-def test_learning_rate_factor(progress, warmdown, factor):
-    assert train.learning_rate_factor(progress, warmdown) == pytest.approx(factor)
+def test_learning_rate_over_time(progress, warmdown_ratio, lr_multiplier):
+    optimizer = train.MuonAdamW([adamw_group(parameters((3,))), muon_group(parameters((2, 2)))])
+    config = replace(train.FULL, WARMDOWN_RATIO=warmdown_ratio)
+    train.set_schedules(optimizer, config, 0.9, 77)  # an earlier step leaves no trace
+    train.set_schedules(optimizer, config, progress, 0)
+    adamw, muon = optimizer.param_groups
+    assert adamw["lr"] == pytest.approx(0.01 * lr_multiplier) and muon["lr"] == pytest.approx(0.02 * lr_multiplier)
 
 
 @pytest.mark.parametrize(
-    "progress, step, factor, momentum, decay",
-    [(0, 0, 1, 0.85, 0.2), (0.75, 150, 0.5, 0.90, 0.05), (1, 300, 0, 0.95, 0), (0.5, 9000, 1, 0.95, 0.1)],
+    "progress, step, momentum, weight_decay",
+    [(0, 0, 0.85, 0.2), (0.75, 150, 0.90, 0.05), (1, 300, 0.95, 0), (0.5, 9000, 0.95, 0.1)],
 )
-def test_set_schedules(progress, step, factor, momentum, decay):
+def test_muons_momentum_over_steps_and_weight_decay_over_time(progress, step, momentum, weight_decay):
     optimizer = train.MuonAdamW([adamw_group(parameters((3,))), muon_group(parameters((2, 2)))])
-    train.set_schedules(optimizer, train.FULL, 0.9, 77)  # what came before leaves no trace
     train.set_schedules(optimizer, train.FULL, progress, step)
     adamw, muon = optimizer.param_groups
-    assert adamw["lr"] == pytest.approx(0.01 * factor) and muon["lr"] == pytest.approx(0.02 * factor)
-    assert muon["momentum"] == pytest.approx(momentum) and muon["weight_decay"] == pytest.approx(decay)
+    assert muon["momentum"] == pytest.approx(momentum) and muon["weight_decay"] == pytest.approx(weight_decay)
     assert adamw["weight_decay"] == 0.1 and adamw["betas"] == (0.8, 0.95)

@@ -1,43 +1,52 @@
-"""The loop without a data set: warm-up leaves no trace, accumulation is exact, a seed decides all, blow-ups end it."""
+"""Training without a data set: warm-up, steps, what ends a run, precision, what MPS lacks, MFU, compilation."""
 
 import gc
+import itertools
 import math
 import os
-import subprocess
-import sys
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_python
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import prepare
 import train
 
 V, T, CPU = 32, 8, torch.device("cpu")
-TINY = replace(train.FULL, DEPTH=2, ASPECT_RATIO=8, HEAD_DIM=8, VE_GATE_CHANNELS=8, TOTAL_BATCH=4 * T)  # width 16
+TINY = replace(train.FULL, DEPTH=2, ASPECT_RATIO=8, HEAD_DIM=8, VE_GATE_CHANNELS=8, TOTAL_BATCH_SIZE=4 * T)  # width 16
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make(seed=0, k=TINY):
+@pytest.fixture(autouse=True)
+def garbage_collector():
+    """`train` turns it off, and leaves it off where it raises an error: the process ends there."""
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+def build(config=TINY, seed=0):
     torch.manual_seed(seed)
-    model = train.GPT(k, V, T, train.sdpa_attention)
-    return model, train.make_optimizer(model, k)
+    return train.build(config, V, T, CPU, train.sdpa_attention)
 
 
 def random_batches(rows):
-    """A loader of random tokens from torch's own random state: who touches that, changes what is learned."""
+    """A loader of random tokens from torch's global random state: whoever draws from it changes what is learned."""
     while True:
         x = torch.randint(V, (rows, T))
-        yield x, x.roll(-1, 1), 0
+        yield x, x.roll(-1, 1), 1
 
 
 class StepClock:
-    """A clock whose time is steps: `train` asks once before each whether time is up."""
+    """A clock whose time is steps: before each step `train` asks once whether the time is up."""
 
     def __init__(self, steps):
         self.steps, self.done = steps, -1
@@ -53,21 +62,22 @@ class StepClock:
         return float(self.done)
 
 
-def losses(monkeypatch, seed=0, steps=12, warm=False, spoil=lambda step, loss: loss):
-    """Train for some steps from a seed; the loss of each micro-batch."""
-    model, optimizer = make(seed)
+def losses(monkeypatch, seed=0, steps=12, warm_up=False, change=lambda n, loss: loss):
+    """Train for some steps. Returns the loss of each micro-batch; `change` replaces the n-th."""
+    torch.manual_seed(seed)
+    if warm_up:
+        train.warm_up(partial(build, seed=seed), TINY, V, T, CPU)
+    _, compiled_model, optimizer = build(seed=seed)
     seen = []
-    if warm:
-        train.warm_up(model, model, optimizer, TINY, V, T, CPU)
 
     def forward(x, y):
-        loss = model(x, y)
+        loss = compiled_model(x, y)
         seen.append(loss.item())
-        return spoil(len(seen), loss)
+        return change(len(seen), loss)
 
     monkeypatch.setattr(train, "clock", StepClock(steps))
-    done = train.train(forward, optimizer, random_batches(2), TINY, 2, V, 1.0, math.nan)
-    assert done == steps and len(seen) == 2 * steps
+    assert train.train(forward, optimizer, random_batches(2), TINY, 2, math.nan) == steps
+    assert len(seen) == 2 * steps and gc.isenabled()
     return seen
 
 
@@ -75,145 +85,102 @@ def losses(monkeypatch, seed=0, steps=12, warm=False, spoil=lambda step, loss: l
 # Warm-up
 
 
-def snapshot(model, optimizer):
-    """All that a run could tell a warm-up by."""
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    weights = [p.detach().clone() for p in (*model.parameters(), *model.buffers())]
-    return weights, groups, [p.grad for p in model.parameters()], len(optimizer.state), torch.get_rng_state()
+def test_a_run_after_the_warm_up_equals_a_run_without_it(monkeypatch):
+    assert losses(monkeypatch, warm_up=True) == losses(monkeypatch)
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return torch.equal(a, b)
-    return all(map(same, a, b)) if isinstance(a, (list, tuple)) and len(a) == len(b) else a == b
+def test_every_build_is_the_same_and_only_the_last_one_stays_in_memory():
+    """Whatever the warm-up did to the first model, the second one has the same weights and random state."""
+    models, states = [], []
+
+    def watched_build():
+        assert not any(model() for model in models), "the model of an earlier attempt is still in memory"
+        parts = train.build(TINY, V, T, CPU, train.sdpa_attention)
+        models.append(weakref.ref(parts[0]))
+        states.append([*(p.detach().clone() for p in parts[0].parameters()), torch.get_rng_state()])
+        return parts
+
+    torch.manual_seed(3)
+    train.warm_up(watched_build, TINY, V, T, CPU)
+    watched_build()
+    assert len(states) == 2 and all(map(torch.equal, *states))
 
 
-def use(model, optimizer):
-    """Move everything that put_back is to put back."""
-    batches = random_batches(3)
-    for step in range(3):
-        train.set_schedules(optimizer, TINY, 0.9, 200 + step)
-        train.train_step(model, optimizer, lambda: next(batches)[:2], 2)
-    model(*next(batches)[:2]).backward()  # gradients left behind
+@pytest.mark.parametrize("total, possible", [(100, 96), (5, 8)])
+def test_a_step_that_is_not_a_whole_number_of_rows(total, possible):
+    with pytest.raises(train.TrainingError, match=f"multiple of a row, 8 tokens: {possible} is one"):
+        train.warm_up(build, replace(TINY, TOTAL_BATCH_SIZE=total), V, T, CPU)
 
 
-def test_put_back():
-    model, optimizer = make()
-    before = snapshot(model, optimizer)
-    with train.put_back(model, optimizer):
-        use(model, optimizer)
-        during = snapshot(model, optimizer)
-    assert same(snapshot(model, optimizer), before)
-    for part, other in zip(during, before):  # each of the five had been moved
-        assert not same(part, other)
+def build_with_memory_for(rows, error=torch.cuda.OutOfMemoryError("as the allocator says it")):  # noqa: B008
+    """`build` as on a GPU whose memory holds that many rows."""
 
+    def build_it():
+        model, compiled_model, optimizer = build()
 
-def test_put_back_heeds_buffers():
-    """The baseline's never change; a running mean that an experiment adds would."""
-    model, optimizer = make()
-    model.register_buffer("mean", torch.ones(3))
-    before = snapshot(model, optimizer)
-    with train.put_back(model, optimizer):
-        model.mean.mul_(2)
-        assert not same(snapshot(model, optimizer), before)
-    assert same(snapshot(model, optimizer), before)
+        def forward(x, y=None):
+            if len(x) > rows:
+                raise error
+            return compiled_model(x, y)
 
+        return model, forward, optimizer
 
-def test_put_back_after_an_error():
-    model, optimizer = make()
-    before = snapshot(model, optimizer)
-    with pytest.raises(MemoryError), train.put_back(model, optimizer):
-        use(model, optimizer)
-        raise MemoryError
-    assert same(snapshot(model, optimizer), before)
-
-
-def test_a_run_after_warm_up_is_the_run_without(monkeypatch):
-    assert losses(monkeypatch, warm=True) == losses(monkeypatch)
-
-
-@pytest.mark.parametrize("total, wanted", [(100, 96), (5, 8)])
-def test_a_step_that_is_no_whole_number_of_rows(total, wanted):
-    model, optimizer = make()
-    with pytest.raises(train.TrainingError, match=f"TOTAL_BATCH {total} .* 8 tokens: {wanted} is"):
-        train.warm_up(model, model, optimizer, replace(TINY, TOTAL_BATCH=total), V, T, CPU)
-
-
-def with_memory_for(model, fits, error=torch.cuda.OutOfMemoryError("as the allocator says it")):  # noqa: B008
-    """The model on a GPU that holds that many rows at once."""
-
-    def forward(x, y=None):
-        if len(x) > fits:
-            raise error
-        return model(x, y)
-
-    return forward
-
-
-@pytest.mark.parametrize("rows, most, fits, micro", [(16, 8, 99, 8), (16, 16, 5, 4), (16, 64, 1, 1), (4, 64, 99, 4)])
-def test_the_micro_batch_fits_itself_to_the_memory(rows, most, fits, micro):
-    model, optimizer = make()
-    before = snapshot(model, optimizer)
-    k = replace(TINY, TOTAL_BATCH=rows * T, MAX_MICRO_BATCH=most)
-    assert train.warm_up(model, with_memory_for(model, fits), optimizer, k, V, T, CPU) == micro
-    assert same(snapshot(model, optimizer), before) and model.training
-
-
-@pytest.mark.parametrize("rows, most, fits", [(25, 25, 13), (12, 12, 5), (7, 7, 4), (36, 24, 99)])
-def test_the_step_stays_whole_whatever_fits(rows, most, fits):
-    model, optimizer = make()
-    k = replace(TINY, TOTAL_BATCH=rows * T, MAX_MICRO_BATCH=most)
-    micro = train.warm_up(model, with_memory_for(model, fits), optimizer, k, V, T, CPU)
-    assert micro <= min(most, fits) and rows % micro == 0
+    return build_it
 
 
 @pytest.mark.parametrize(
-    "says",
+    "rows, most, fit, wanted",
+    [(16, 8, 99, 8), (16, 16, 5, 4), (16, 64, 1, 1), (4, 64, 99, 4), (25, 25, 13, 5), (12, 12, 5, 4), (36, 24, 99, 18)],
+)
+def test_the_micro_batch_is_the_largest_divisor_of_the_step_that_fits_the_memory(rows, most, fit, wanted):
+    config = replace(TINY, TOTAL_BATCH_SIZE=rows * T, DEVICE_BATCH_SIZE=most)
+    assert train.warm_up(build_with_memory_for(fit), config, V, T, CPU) == wanted
+
+
+@pytest.mark.parametrize(
+    "message",
     [
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         "No valid triton configs. OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.",
         "Triton Error [CUDA]: out of memory",
         "CUDA error: out of memory",
+        "HIP out of memory. Tried to allocate 20.00 MiB.",
+        "MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB, max allowed: 9.07 GB).",
     ],
 )
-def test_libraries_run_out_of_memory_in_their_own_words(says):
-    model, optimizer = make()
-    forward = with_memory_for(model, 2, RuntimeError(says))
-    assert train.warm_up(model, forward, optimizer, TINY, V, T, CPU) == 2
+def test_out_of_memory_in_the_words_of_each_library(message):
+    assert train.warm_up(build_with_memory_for(2, RuntimeError(message)), TINY, V, T, CPU) == 2
 
 
-def test_another_error_is_not_taken_for_too_little_memory():
-    model, optimizer = make()
-    forward = with_memory_for(model, 2, RuntimeError("an illegal memory access was encountered"))
+def test_another_error_is_not_taken_for_out_of_memory():
     with pytest.raises(RuntimeError, match="illegal"):
-        train.warm_up(model, forward, optimizer, TINY, V, T, CPU)
+        train.warm_up(build_with_memory_for(2, RuntimeError("an illegal memory access")), TINY, V, T, CPU)
 
 
-def test_too_little_memory_for_one_row():
-    model, optimizer = make()
+def test_out_of_memory_with_one_row():
     with pytest.raises(train.TrainingError, match=r"one row.*\(as the allocator says it\)"):
-        train.warm_up(model, with_memory_for(model, 0), optimizer, TINY, V, T, CPU)
+        train.warm_up(build_with_memory_for(0), TINY, V, T, CPU)
 
 
 # -----------------------------------------------------------------------------
 # Steps
 
 
-def test_four_micro_batches_are_one_batch():
+def test_four_micro_batches_equal_one_batch():
     torch.manual_seed(1)
     x = torch.randint(V, (8, T))
     y = x.roll(-1, 1)
     after = []
-    for micro_steps in (1, 4):
-        model, _ = make()
+    for grad_accum_steps in (1, 4):
+        model, _, _ = build()
         for p in model.parameters():
             p.data.normal_(0, 0.3)
         start = [p.detach().clone() for p in model.parameters()]
-        # Plain descent: the step is the gradient itself. Adam's first step is its sign, Muon's its orthogonal factor
+        # Plain descent: its step is the gradient. Adam's first step is only the sign, Muon's the orthogonal factor
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        parts = zip(x.chunk(micro_steps), y.chunk(micro_steps))
-        loss = train.train_step(model, optimizer, partial(next, parts), micro_steps)
+        loader = zip(x.chunk(grad_accum_steps), y.chunk(grad_accum_steps), itertools.count())
+        loss = train.train_step(model, optimizer, loader, grad_accum_steps)
         assert all(p.grad is None for p in model.parameters())
         after.append((loss, [p - before for p, before in zip(model.parameters(), start)]))
     (loss, steps), (loss_of_four, steps_of_four) = after
@@ -230,60 +197,70 @@ def test_a_seed_decides_the_loss_curve(monkeypatch):
     assert losses(monkeypatch, seed=2) != first
 
 
-def test_the_collector_is_on_again_after_training(monkeypatch):
-    losses(monkeypatch, steps=1)
-    assert gc.isenabled() and gc.get_freeze_count() == 0
+@pytest.mark.parametrize("factor, message", [(math.nan, "nan"), (math.inf, "inf"), (3.0, r"10\.\d*, the limit 6\.9")])
+def test_a_loss_that_explodes_ends_the_run_and_names_the_step(monkeypatch, factor, message):
+    # the limit is twice the first loss, 2·ln 32 = 6.93; micro-batch 5 is the first of step 3
+    with pytest.raises(train.TrainingError, match=f"step 3: the loss is {message}"):
+        losses(monkeypatch, change=lambda n, loss: loss * factor if n >= 5 else loss)
 
 
-@pytest.mark.parametrize("factor, says", [(math.nan, "nan"), (math.inf, "inf"), (3.0, "beyond 6.9")])
-def test_a_loss_that_explodes_ends_the_run_and_says_at_which_step(monkeypatch, factor, says):
-    # 2·ln 32 = 6.93, of which a loss of 3.4 is half; micro-batch 5 is the first of step 3
-    with pytest.raises(train.TrainingError, match=f"step 3: .*{says}"):
-        losses(monkeypatch, spoil=lambda n, loss: loss * factor if n >= 5 else loss)
-    assert gc.isenabled() and gc.get_freeze_count() == 0
+def test_a_first_loss_that_is_not_finite_ends_the_run(monkeypatch):
+    with pytest.raises(train.TrainingError, match="step 1: the loss is inf"):
+        losses(monkeypatch, change=lambda n, loss: loss * math.inf)
 
 
-def test_a_bad_loss_below_the_limit_does_not_end_it(monkeypatch):
-    losses(monkeypatch, spoil=lambda n, loss: loss * 1.5)
+def test_a_bad_loss_below_the_limit_does_not_end_the_run(monkeypatch):
+    losses(monkeypatch, change=lambda n, loss: loss * (1 if n <= 2 else 1.5))
+
+
+def test_progress_on_a_terminal_and_in_a_file(monkeypatch, capsys):
+    losses(monkeypatch, steps=5)
+    assert capsys.readouterr().out.count("step") == 1  # a line every LOG_SECONDS
+    monkeypatch.setattr(train.sys.stdout, "isatty", lambda: True, raising=False)
+    losses(monkeypatch, steps=5)
+    text = capsys.readouterr().out
+    assert text.count("step") == 5 and text.count("\033[F\033[K") == 4 and "MFU" not in text
+    assert text.startswith("step     1 |   0.0 % | loss 3.4") and text.endswith(" s\n")
 
 
 # -----------------------------------------------------------------------------
 # Precision
 
 
-def sentences(V, T, rows):
-    """Batches that can be learned: nine tokens of ten follow from the two before them."""
-    dice = torch.Generator().manual_seed(1)
-    follow = torch.randint(V, (16, 16), generator=dice)
+def learnable_batches(V, T, rows):
+    """Batches in which nine of ten tokens follow from the two before them."""
+    rng = torch.Generator().manual_seed(1)
+    follow = torch.randint(V, (16, 16), generator=rng)
     while True:
-        x = torch.randint(V, (rows, T + 1), generator=dice)
-        chance = torch.rand(rows, T + 1, generator=dice) < 0.1
+        x = torch.randint(V, (rows, T + 1), generator=rng)
+        random = torch.rand(rows, T + 1, generator=rng) < 0.1
         for t in range(2, T + 1):
-            x[:, t] = torch.where(chance[:, t], x[:, t], follow[x[:, t - 1] % 16, x[:, t - 2] % 16])
-        yield x[:, :-1], x[:, 1:]
+            x[:, t] = torch.where(random[:, t], x[:, t], follow[x[:, t - 1] % 16, x[:, t - 2] % 16])
+        yield x[:, :-1], x[:, 1:], 1
 
 
-def learning_curve(k, V, T, steps, device, tables=torch.float32, around=nullcontext):
-    """The loss of each step, with the token tables held in that type and each pass inside `around()`."""
+def learning_curve(config, V, T, steps, device, embeddings=torch.float32, context=nullcontext):
+    """The loss of each step, with embeddings of that type and each forward pass inside `context()`."""
     torch.manual_seed(0)
     with device:
-        model = train.GPT(k, V, T, train.sdpa_attention)
-    for table in (model.wte, *model.value_embeds.values()):
-        table.to(tables)
-    optimizer, batches, curve = train.make_optimizer(model, k), sentences(V, T, k.TOTAL_BATCH // T), []
+        model = train.GPT(config, V, T, train.sdpa_attention)
+    for embedding in (model.wte, *model.value_embeds.values()):
+        embedding.to(embeddings)
+    optimizer, curve = train.make_optimizer(model, config), []
+    loader = learnable_batches(V, T, config.TOTAL_BATCH_SIZE // T)
 
     def forward(x, y):
-        with around():
+        with context():
             return model(x.to(device), y.to(device))
 
     for step in range(steps):
-        train.set_schedules(optimizer, k, step / steps, step)
-        curve.append(train.train_step(forward, optimizer, lambda: next(batches), 1).item())
+        train.set_schedules(optimizer, config, step / steps, step)
+        curve.append(train.train_step(forward, optimizer, loader, 1).item())
     return curve
 
 
-def agree(half, full, V):
-    """The mean loss of the last 50 steps agrees to 2 % of what was learned, and more than 1 nat was."""
+def check_that_precision_costs_nothing(half, full, V):
+    """The mean loss of the last 50 steps agrees to 2 % of what was learned, and more than 1 nat was learned."""
     ends = [sum(curve[-50:]) / 50 for curve in (half, full)]
     learned = math.log(V) - ends[1]
     print(f"bfloat16 {ends[0]:.4f}, float32 {ends[1]:.4f}, learned {learned:.3f} nats")
@@ -291,82 +268,140 @@ def agree(half, full, V):
     assert abs(ends[0] - ends[1]) < 0.02 * learned
 
 
-def test_sixteen_bits_learn_as_32_do():
-    """300 steps with autocast and tables in bfloat16, as a GPU takes them, against float32.
+def test_bfloat16_learns_as_much_as_float32():
+    """300 steps with autocast and embeddings in bfloat16, as on a GPU, against float32.
 
-    They differ by 0.002 of 3.3 nats learned, and 2 % of these are 0.065: it is gross faults that this catches, a sum or
-    an optimizer's state that 16 bits don't hold.
+    They differ by 0.002 of the 3.3 nats learned, and 2 % of these are 0.065. So this finds only large faults: a sum or
+    an optimizer state for which 16 bits are too few.
     """
-    k = replace(TINY, ASPECT_RATIO=32, HEAD_DIM=32, TOTAL_BATCH=16 * 32)
-    full = learning_curve(k, 64, 32, 300, CPU)
-    half = learning_curve(k, 64, 32, 300, CPU, torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16))
-    agree(half, full, 64)
+    config = replace(TINY, ASPECT_RATIO=32, HEAD_DIM=32, TOTAL_BATCH_SIZE=16 * 32)
+    full = learning_curve(config, 64, 32, 300, CPU)
+    half = learning_curve(config, 64, 32, 300, CPU, torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16))
+    check_that_precision_costs_nothing(half, full, 64)
 
 
 # -----------------------------------------------------------------------------
-# Accounting, import
+# MPS
 
 
-def test_peak_flops_of_a_cpu_is_nan():
-    assert math.isnan(train.peak_flops(CPU))
+class LikeMPS(TorchDispatchMode):
+    """Refuses what MPS lacks: tensors of float64, and pinned memory. It also counts the operations."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        out = func(*args, **(kwargs or {}))
+        assert "pin_memory" not in str(func) and not (kwargs or {}).get("pin_memory"), func
+        for tensor in tree_iter((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.dtype not in (torch.float64, torch.complex128), func
+        return out
 
 
-@pytest.mark.parametrize(
-    "name, teraflops",
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40", 181),
-        ("NVIDIA A10G", math.nan),
-        ("NVIDIA H200", 989),
-        ("NVIDIA H200 NVL", 835),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", math.nan),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", math.nan),
-        ("NVIDIA GeForce RTX 3090 Ti", math.nan),
-        ("NVIDIA GeForce GTX 1080", math.nan),
-    ],
-)
-def test_peak_flops_by_name(monkeypatch, name, teraflops):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
-    assert train.peak_flops(torch.device("cuda")) == pytest.approx(teraflops * 1e12, nan_ok=True)
+def test_the_stand_in_refuses_float64():
+    with LikeMPS(), pytest.raises(AssertionError):
+        torch.ones(2) + torch.ones(2, dtype=torch.float64)
+
+
+def test_a_run_uses_neither_float64_nor_pinned_memory():
+    config = replace(TINY, N_KV_HEAD=1)
+    with LikeMPS() as mode:
+        parts = partial(build, config)
+        train.warm_up(parts, config, V, T, CPU)
+        _, compiled_model, optimizer = parts()
+        for step in range(3):
+            train.set_schedules(optimizer, config, step / 3, step)
+            train.train_step(compiled_model, optimizer, random_batches(2), 2)
+        compiled_model(torch.zeros(2, T, dtype=torch.long))
+    assert mode.calls > 1000
+
+
+def test_a_step_mixes_no_devices():
+    """On the device "meta", where an operation with a CPU tensor is an error, as on MPS."""
+    model = build()[0].to("meta")
+    optimizer = train.make_optimizer(model, TINY)
+    train.set_schedules(optimizer, TINY, 0.5, 1)
+    x = torch.zeros(2, T, dtype=torch.long, device="meta")
+    for _ in range(2):
+        assert train.train_step(model, optimizer, itertools.repeat((x, x, 1)), 2).device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):
+        model(x.cpu())
+
+
+MISSING = """
+import runpy, prepare
+def start_run():
+    raise NotImplementedError(MESSAGE)
+prepare.start_run = start_run
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_an_operation_that_mps_lacks_ends_the_run_in_one_line():
+    message = "The operator 'aten::new' is not currently implemented for the MPS device. If you want this op, comment"
+    done = run_python("-c", MISSING.replace("MESSAGE", repr(message)))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "DEVICE=cpu" in done.stderr
+    assert message.partition(".")[0] in done.stderr and "If you want" not in done.stderr
+    done = run_python("-c", MISSING.replace("MESSAGE", "'a method of a class'"))
+    assert "Traceback" in done.stderr and "DEVICE=cpu" not in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# MFU, import, compilation
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_peak_flops_without_cuda(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
+    assert math.isnan(train.peak_flops(torch.device(device)))
+
+
+@pytest.mark.parametrize("teraflops, names", [
+    (989, "NVIDIA H100 80GB HBM3, NVIDIA H200, NVIDIA GH200 480GB"),
+    (756, "NVIDIA H100 PCIe"),
+    (835, "NVIDIA H200 NVL"),
+    (312, "NVIDIA A100-SXM4-40GB"),
+    (362, "NVIDIA L40S"),
+    (181, "NVIDIA L40"),
+    (121, "NVIDIA L4"),
+    (165, "NVIDIA GeForce RTX 4090"),
+    (math.nan, "NVIDIA A10G, NVIDIA H100 80GB HBM3 MIG 3g.40gb, NVIDIA GeForce RTX 4090 Laptop GPU"),
+    (1307.4, "AMD Instinct MI300X, AMD Instinct MI325X"),
+    (2516.6, "AMD Instinct MI355X"),
+    (191.5, "AMD Instinct MI250X"),
+    (math.nan, "AMD Instinct MI250X / MI250, AMD Instinct MI300A"),
+])  # fmt: skip
+def test_peak_flops_by_name(monkeypatch, names, teraflops):
+    for name in names.split(", "):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, name=name: name)
+        assert train.peak_flops(torch.device("cuda")) == pytest.approx(teraflops * 1e12, nan_ok=True), name
 
 
 IMPORT = """
 import socket
-def away(*_, **__):
-    raise AssertionError("import reached for the network")
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = away
+def no_network(*_, **__):
+    raise AssertionError("import uses the network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = no_network
 import random, torch
 before = torch.get_rng_state(), random.getstate()
 import train
 assert not torch.cuda.is_initialized()
 assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
-assert train.flops_per_token and train.main
 """
 
 
 def test_importing_does_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT],
-        cwd=Path(train.__file__).parent,
-        env=os.environ | {"AUTORESEARCH_CACHE": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-c", IMPORT, cache=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools")
 def test_nothing_is_compiled_after_the_warm_up(cache):
-    """The loader's batches, changing schedules, both optimizer steps, evaluation: the compiler's counter stands still.
+    """The second build, the loader's batches, schedules, steps, evaluation: the compiler's counters stay the same.
 
-    With the compiler's front end alone (backend "eager"), which is what decides on recompilation. It finds no break.
+    With backend "eager", the compiler's front end alone, which decides on recompilation. There is no graph break.
     """
     from torch._dynamo.utils import counters
 
@@ -374,27 +409,30 @@ def test_nothing_is_compiled_after_the_warm_up(cache):
     counters.clear()
     tokenizer, T = prepare.Tokenizer.from_directory(), prepare.MAX_SEQ_LEN
     V = tokenizer.get_vocab_size()
-    k = replace(TINY, DEPTH=3, TOTAL_BATCH=8 * T, MAX_MICRO_BATCH=4)
+    config = replace(TINY, DEPTH=3, TOTAL_BATCH_SIZE=8 * T, DEVICE_BATCH_SIZE=4)
     compiled = partial(torch.compile, backend="eager", dynamic=False)
-    model = train.GPT(k, V, T, train.sdpa_attention)
-    optimizer = train.make_optimizer(model, k, compiled)
-    forward = compiled(model)
-    micro = train.warm_up(model, forward, optimizer, k, V, T, CPU)
+
+    def build():
+        model = train.GPT(config, V, T, train.sdpa_attention)
+        return model, compiled(model), train.make_optimizer(model, config, compiled)
+
+    batch_size = train.warm_up(build, config, V, T, CPU)
     before = dict(counters["stats"]), dict(counters["frames"])
     assert before[0]["unique_graphs"] > 3  # model for training and for evaluation, Muon, AdamW
-    loader = prepare.make_dataloader(tokenizer, micro, T, "train")
+    _, compiled_model, optimizer = build()
+    loader = prepare.make_dataloader(tokenizer, batch_size, T, "train")
     for step in range(3):
-        train.set_schedules(optimizer, k, step / 3, step)
-        train.train_step(forward, optimizer, lambda: next(loader)[:2], 2)
-    prepare.evaluate_bpb(forward, tokenizer, micro)
-    train.train_step(forward, optimizer, lambda: next(loader)[:2], 2)
+        train.set_schedules(optimizer, config, step / 3, step)
+        train.train_step(compiled_model, optimizer, loader, 2)
+    prepare.evaluate_bpb(compiled_model, tokenizer, batch_size)
+    train.train_step(compiled_model, optimizer, loader, 2)
     assert (dict(counters["stats"]), dict(counters["frames"])) == before
     assert not counters["graph_break"]
 
 
 @pytest.fixture
-def compiler_as_it_was(monkeypatch):
-    """What `compiler()` sets is put back after the test."""
+def compiler_settings(monkeypatch):
+    """Puts back what `compiler()` sets."""
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
@@ -403,15 +441,15 @@ def compiler_as_it_was(monkeypatch):
         yield
 
 
-def test_flex_attentions_backward_is_kept_for_the_next_run(compiler_as_it_was):
+def test_flex_attentions_backward_is_kept_for_the_next_run(compiler_settings):
     from torch._higher_order_ops.flex_attention import flex_attention_backward
 
     train.compiler()
     assert flex_attention_backward.cacheable()
 
 
-def test_many_shapes_are_all_compiled(compiler_as_it_was):
-    """PyTorch gives up in silence after eight shapes of one function, and the optimizer has one function for all."""
+def test_twenty_shapes_are_all_compiled(compiler_settings):
+    """PyTorch gives up without a word after eight shapes of one function, and the optimizer has one for all shapes."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
