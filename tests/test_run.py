@@ -155,7 +155,7 @@ train.train_step = poisoned
 
 
 def test_an_exploding_loss_ends_the_run(session_cache):
-    explode = "import dataclasses; train.KNOBS['laptop'] = dataclasses.replace(train.LAPTOP, HEAD_LR=1e3, SOFTCAP=1e3)"
+    explode = "import dataclasses; train.LAPTOP = dataclasses.replace(train.LAPTOP, HEAD_LR=1e3, SOFTCAP=1e3)"
     done = run_python("-c", DRIVER, explode, cache=session_cache)
     assert done.returncode == 1 and "val_bpb" not in done.stdout
     assert re.search(r"step \d+: the loss is .* training blew up", done.stderr)
