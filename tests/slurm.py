@@ -7,7 +7,6 @@ GPUs are links to /dev/null that gres.conf names as devices: Slurm counts them a
 
 import getpass
 import os
-import re
 import shutil
 import signal
 import socket
