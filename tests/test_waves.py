@@ -233,7 +233,8 @@ def test_every_fault_through_slurm(tmp_path, slurm):
     night.start()
     night.wait(lambda: {"4", "5", "6", "7"} <= set(jobs(night)))
     states, following = night.look()
-    assert following == "look" and states[8] == "runs or is queued: wave 2: idea 8"
+    assert following == "start" and states[8] == "runs or is queued: wave 2: idea 8"
+    assert states[1].startswith("was cut off or is void") and "exit: 0" in night.log(1)
     assert states[2] == "ended, 0: wave 2: idea 2" and "no memory" in night.log(2)
     # Slurm counts in minutes and looks every 30 seconds
     slurm.run("scontrol", "update", f"jobid={jobs(night)['4']}", "EndTime=now+1")
