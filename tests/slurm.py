@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"  # the daemons are there, and not on everybody's PATH
@@ -28,7 +28,7 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.soc
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -42,7 +42,6 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 GresTypes=gpu
 MpiDefault=none
-SwitchType=switch/none
 ReturnToService=2
 KillWait=1
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=10000
@@ -82,11 +81,15 @@ class Slurm:
 
     def start(self, name):
         """One daemon in the foreground, as our child: `munged`, `slurmctld` or a node's name."""
-        files = [f"--{what}={self.folder}/munge.{what.split('-')[0]}" for what in ("socket", "key-file", "pid-file")]
-        files += [f"--{what}={self.folder}/munge.{what.split('-')[0]}" for what in ("log-file", "seed-file")]
+        files = "socket", "key-file", "pid-file", "log-file", "seed-file"
         command = ["slurmd", "-D", "-N", name] if name in self.nodes else ["slurmctld", "-D"]
         if name == "munged":
-            command = ["munged", "--foreground", "--force", "--num-threads=2", *files]
+            command = [
+                "munged",
+                "--foreground",
+                "--force",
+                *(f"--{file}={self.folder}/munge.{file[:3]}" for file in files),
+            ]
         with open(self.folder / f"{name}.out", "ab") as out:
             self.daemons[name] = subprocess.Popen(
                 command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
@@ -119,7 +122,7 @@ class Slurm:
     def __enter__(self):
         try:
             self.start("munged")
-            self.wait_for((self.folder / "munge.socket").exists, "munged")
+            self.wait_for((self.folder / "munge.soc").exists, "munged")
             for name in ("slurmctld", *self.nodes):
                 self.start(name)
             self.ready()
@@ -131,23 +134,20 @@ class Slurm:
     def __exit__(self, *_):
         for name in list(self.daemons):
             self.stop(name)
-        for pid in self.pids():  # jobs outlive slurmd
-            os.kill(pid, signal.SIGKILL)
+        self.kill_jobs()
 
-    def pids(self, node=""):
-        """Processes of jobs, all or one node's: a step's daemon has our log open, what it started our environment."""
+    def kill_jobs(self, node=""):
+        """End what runs, everywhere or on one node: it outlives slurmd. A step's daemon has our log open, a job our
+        environment."""
         log, conf = f"{self.folder}/{node}", f"SLURM_CONF={self.env['SLURM_CONF']}\0"
-        found = []
         for proc in Path("/proc").glob("[0-9]*"):
-            try:
+            with suppress(OSError):  # it has ended, or is somebody else's
                 environ = (proc / "environ").read_bytes().decode(errors="replace")
-                files = [os.readlink(file) for file in (proc / "fd").iterdir()]
-            except OSError:  # it has ended, or is somebody else's
-                continue
-            daemon = "slurmstepd" in (proc / "cmdline").read_text() and any(file.startswith(log) for file in files)
-            if daemon or (conf in environ and f"SLURMD_NODENAME={node}" in environ):
-                found.append(int(proc.name))
-        return found
+                daemon = "slurmstepd" in (proc / "cmdline").read_text()
+                if (daemon and any(os.readlink(file).startswith(log) for file in (proc / "fd").iterdir())) or (
+                    conf in environ and f"SLURMD_NODENAME={node}" in environ
+                ):
+                    os.kill(int(proc.name), signal.SIGKILL)
 
 
 def main():
