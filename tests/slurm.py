@@ -1,0 +1,166 @@
+"""A real Slurm of our own: munged, slurmctld and two slurmd on this machine, as the calling user, in one folder.
+
+    python tests/slurm.py [NODES [GPUS_A_NODE]]     prints the SLURM_CONF to use and runs until Ctrl-C
+
+GPUs are links to /dev/null that gres.conf names as devices: Slurm counts them and sets CUDA_VISIBLE_DEVICES.
+"""
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"  # the daemons are there, and not on everybody's PATH
+PROGRAMS = "munged slurmctld slurmd sbatch squeue scontrol scancel".split()
+MISSING = [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
+
+CONF = """
+ClusterName=waves
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.soc
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+GresTypes=gpu
+MpiDefault=none
+ReturnToService=2
+KillWait=1
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=10000
+"""
+
+
+def free_ports(count):
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+class Slurm:
+    """`with Slurm(folder) as slurm`: `slurm.env` is the environment for its commands. At the end all is killed."""
+
+    def __init__(self, folder, nodes=2, gpus=2):
+        if MISSING:
+            raise RuntimeError(f"not installed: {' '.join(MISSING)} (apt-get install slurm-wlm munge)")
+        self.folder, self.nodes, self.daemons = Path(folder), [f"n{i + 1}" for i in range(nodes)], {}
+        ports = free_ports(1 + nodes)
+        host = socket.gethostname().split(".")[0]
+        conf = CONF.format(host=host, folder=folder, ports=ports, user=getpass.getuser())
+        for name, port in zip(self.nodes, ports[1:], strict=True):
+            conf += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={gpus} Gres=gpu:{gpus}\n"
+        conf += "PartitionName=all Nodes=ALL Default=YES State=UP\n"
+        devices = [self.folder / f"gpu{i}" for i in range(gpus)]
+        for device in devices:
+            device.symlink_to(os.devnull)
+        (self.folder / "state").mkdir()
+        (self.folder / "slurm.conf").write_text(conf)
+        (self.folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in devices))
+        (self.folder / "munge.key").write_bytes(os.urandom(128))
+        (self.folder / "munge.key").chmod(0o600)
+        self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": f"{folder}/slurm.conf"}
+
+    def start(self, name):
+        """One daemon in the foreground, as our child: `munged`, `slurmctld` or a node's name."""
+        files = "socket", "key-file", "pid-file", "log-file", "seed-file"
+        command = ["slurmd", "-D", "-N", name] if name in self.nodes else ["slurmctld", "-D"]
+        if name == "munged":
+            command = [
+                "munged",
+                "--foreground",
+                "--force",
+                *(f"--{file}={self.folder}/munge.{file[:3]}" for file in files),
+            ]
+        with open(self.folder / f"{name}.out", "ab") as out:
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def stop(self, name, how=signal.SIGKILL):
+        process = self.daemons.pop(name)
+        process.send_signal(how)
+        process.wait()
+
+    def run(self, *command, ok=True):
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+        assert not ok or done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout.strip()
+
+    def wait_for(self, condition, what, seconds=60):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            dead = [name for name, process in self.daemons.items() if process.poll() is not None]
+            if dead or time.monotonic() > deadline:
+                logs = "".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob("*.[ol][uo]?"))
+                raise RuntimeError(f"no {what}; ended: {dead or 'none'}\n{logs}")
+            time.sleep(0.1)
+
+    def ready(self):
+        """Wait until every node takes jobs."""
+        states = ["sinfo", "-hN", "-o", "%T"]
+        self.wait_for(lambda: self.run(*states, ok=False).split() == ["idle"] * len(self.nodes), "idle nodes")
+
+    def __enter__(self):
+        try:
+            self.start("munged")
+            self.wait_for((self.folder / "munge.soc").exists, "munged")
+            for name in ("slurmctld", *self.nodes):
+                self.start(name)
+            self.ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for name in list(self.daemons):
+            self.stop(name)
+        self.kill_jobs()
+
+    def kill_jobs(self, node=""):
+        """End what runs, everywhere or on one node: it outlives slurmd. A step's daemon has our log open, a job our
+        environment."""
+        log, conf = f"{self.folder}/{node}", f"SLURM_CONF={self.env['SLURM_CONF']}\0"
+        for proc in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended, or is somebody else's
+                environ = (proc / "environ").read_bytes().decode(errors="replace")
+                daemon = "slurmstepd" in (proc / "cmdline").read_text()
+                if (daemon and any(os.readlink(file).startswith(log) for file in (proc / "fd").iterdir())) or (
+                    conf in environ and f"SLURMD_NODENAME={node}" in environ
+                ):
+                    os.kill(int(proc.name), signal.SIGKILL)
+
+
+def main():
+    folder = tempfile.mkdtemp(prefix="slurm-")
+    with Slurm(folder, *map(int, sys.argv[1:])) as slurm:
+        print(f"export SLURM_CONF={slurm.env['SLURM_CONF']}  # until Ctrl-C", flush=True)
+        try:
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            pass
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
