@@ -147,11 +147,17 @@ class Night(Clone):
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def cluster(tmp_path_factory):
     if MISSING:
         pytest.skip(f"not installed: {' '.join(MISSING)} (apt-get install slurm-wlm munge)")
     with Slurm(tmp_path_factory.mktemp("slurm")) as running:
         yield running
+
+
+@pytest.fixture
+def slurm(cluster):
+    yield cluster
+    cluster.run("scancel", "--me", ok=False)  # what a failed test left does not hold the next one's GPUs
 
 
 BAR = 1 - 1.75 * statistics.stdev(NOISE)
