@@ -73,7 +73,7 @@ class Night(Clone):
 
     def look(self, seconds=0):
         """({worktree: its state}, what is next)"""
-        text = self.sh(LOOK.replace("-lt 45", f"-le {seconds}").replace("sleep 5", "sleep 0.3"))
+        text = self.sh(LOOK.replace("+ 45", f"+ {seconds}").replace("sleep(5)", "sleep(0.3)"))
         text = text.split("\ncommit\t")[0]
         assert sum("Next: " in line for line in text.splitlines()) == 1, text
         states = {int(i): rest for i, rest in re.findall(r"^(\d+) [0-9a-f]{7} (.*)$", text, re.M)}
