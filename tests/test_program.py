@@ -261,5 +261,5 @@ def test_no_command_can_lose_work():
     for text in blocks(PAGE):
         for word in ("git clean", "--hard", "rm ", "git checkout", "timeout", "git push", "stash"):
             assert word not in text
-    assert len(ONE_GPU.splitlines()) <= 190 and len(SEVERAL_GPUS.splitlines()) <= 155
+    assert len(ONE_GPU.splitlines()) <= 190 and len(SEVERAL_GPUS.splitlines()) <= 160
     assert "git status --porcelain` must print nothing" in ONE_GPU
