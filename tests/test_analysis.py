@@ -447,3 +447,11 @@ def test_a_real_evening(analyse, tmp_path):
     outputs = [output for cell in json.loads(NOTEBOOK.read_text())["cells"] for output in cell.get("outputs", ())]
     streams = ["".join(output["text"]) for output in outputs if output["output_type"] == "stream"]
     assert len(streams) == 6 and all(stream in printed for stream in streams)
+
+
+def test_a_real_night_of_waves(analyse):
+    """Nine waves of four, 30 seconds a run, through a Slurm on two cores; the picture is tests/waves.png."""
+    variables, printed = analyse((ROOT / "tests" / "waves.tsv").read_text(encoding="utf-8"))
+    assert variables["outcomes"].loc["results.tsv", ["experiments", "keep", "discard"]].tolist() == [33, 2, 31]
+    assert "results.tsv: 9 waves" in printed and "0 of 32 decisions differ" in printed
+    assert variables["kept"]["score"].iloc[1] == pytest.approx((2.119334 + 2.139815 + 2.133537 + 2.141780) / 4)
