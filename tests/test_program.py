@@ -259,7 +259,8 @@ def test_the_verdict_by_hand(tmp_path, now, verdict):
 
 def test_no_command_can_lose_work():
     for text in blocks(PAGE):
-        for word in ("git clean", "--hard", "rm ", "git checkout", "timeout", "git push", "stash"):
+        for word in ("git clean", "--hard", "rm ", "git checkout", "git push", "stash"):
             assert word not in text
-    assert len(ONE_GPU.splitlines()) <= 190 and len(SEVERAL_GPUS.splitlines()) <= 160
+    assert not any("timeout" in text for text in blocks(ONE_GPU))  # a Mac has no such command
+    assert len(ONE_GPU.splitlines()) <= 190 and len(SEVERAL_GPUS.splitlines()) <= 131
     assert "git status --porcelain` must print nothing" in ONE_GPU
