@@ -64,7 +64,7 @@ SCALES = {  # what `--scale` stands for; each value has an option that overrides
     "laptop": dict(time_budget=60, seq_len=256, vocab_size=2048, eval_tokens=2**18),
 }
 
-# GPT-4's pattern, but with at most two digits a token: a small vocabulary has none to spare for numbers.
+# GPT-4's pattern, but with at most two digits a token: numbers must not fill a small vocabulary.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -293,9 +293,9 @@ def read_jsonl(path):
 def read_text(path):
     """Cuts a file's text into documents of about DOCUMENT_CHARS, at a blank line, else at a line, else anywhere.
 
-    A row takes a document whole or its beginning. Of a book in one piece only the first page would be seen.
+    A row takes a document whole or its beginning. Without cuts only a book's first page would be seen.
     """
-    # Installed packages have files in other encodings, which are not the user's to fix.
+    # Installed packages have files in other encodings, and the user cannot change them.
     text, start = path.read_text(encoding="utf-8-sig", errors="replace" if path.suffix == ".py" else "strict"), 0
     while len(text) - start > 1.5 * DOCUMENT_CHARS:
         window = start + DOCUMENT_CHARS // 2, start + DOCUMENT_CHARS
@@ -348,11 +348,8 @@ def folder_corpus(folder):
     files = [path for path in folder.rglob("*") if path.suffix in kinds and path.is_file()]
     files.sort(key=lambda path: path.relative_to(folder).as_posix())
     if len(files) < 2:
-        raise PrepareError(
-            f"--corpus {folder} holds {len(files)} file(s) of {', '.join(kinds)}; it needs two or more, the last in "
-            "name order is validation: split your text into several files",
-            2,
-        )
+        text = f"--corpus {folder} holds {len(files)} file(s) of {', '.join(kinds)}; it needs two or more"
+        raise PrepareError(f"{text}, the last in name order is validation: split your text into several files", 2)
     return Corpus(files[:-1], files[-1:], f"{folder}: {len(files) - 1} training file(s), validation {files[-1].name}")
 
 
@@ -404,7 +401,7 @@ def require_hub():
 
 
 def failure_reason(error):
-    """(why a request failed, HTTP status or None). A short line, without the signed addresses of the libraries' own."""
+    """(why a request failed, HTTP status or None). A short line, without the signed URLs of the libraries' messages."""
     while (response := getattr(error, "response", None)) is None and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__
     if response is not None:
@@ -527,17 +524,13 @@ def download_shards(names, folder, workers):
             reasons = "; ".join(f"{', '.join(group[:4])}{more.get(p, '')} ({p})" for p, group in groups.items())
             raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {reasons}")
     except PrepareError as error:
-        raise PrepareError(f"{error}. What was fetched stays.{go_on_hint(names, folder)}") from error
+        records = read_verified(folder)
+        *train, val = (is_verified(folder / name, records) for name in names)
+        count = len(list(takewhile(bool, train))) if val else 0  # training shards before the first gap
+        other = f", or go on with what is here: --num-shards {count}" if count else ""
+        raise PrepareError(f"{error}. What was fetched stays. Run the same command again{other}") from error
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
-
-
-def go_on_hint(names, folder):
-    """How to go on: with the same command, or with the training shards before the first gap."""
-    records = read_verified(folder)
-    *train, val = (is_verified(folder / name, records) for name in names)
-    count = len(list(takewhile(bool, train))) if val else 0
-    return " Run the same command again" + (f", or go on with what is here: --num-shards {count}" if count else "")
 
 
 # -----------------------------------------------------------------------------
@@ -638,11 +631,7 @@ def split_long_runs(text):
 
 def well_formed(text):
     """The text with U+FFFD in place of lone surrogates, which UTF-8 can't hold."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def sample_texts(documents):
@@ -671,7 +660,7 @@ def get_token_bytes(device="cpu"):
 
 
 def write_tokens(tokenizer, corpus, split, path):
-    """Tokenize a split on every core into `path` (.bin) and its .idx. The .bin appears last: if it is there, both are.
+    """Tokenize a split on all cores into `path` (.bin) and its .idx. The .bin appears last: if it is there, both are.
 
     Raises PrepareError if the split holds no text.
     """
@@ -681,8 +670,9 @@ def write_tokens(tokenizer, corpus, split, path):
         return [tokenizer.encode_document(text) for text in texts]
 
     # tiktoken releases Python's lock while it works. A bounded queue: the corpus is larger than the memory.
-    with ThreadPoolExecutor(os.cpu_count()) as pool, atomic_write(path) as tokens:
-        pending = deque(pool.submit(encode_group, group) for group in islice(groups, 4 * os.cpu_count()))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those of this job
+    with ThreadPoolExecutor(cores) as pool, atomic_write(path) as tokens:
+        pending = deque(pool.submit(encode_group, group) for group in islice(groups, 4 * cores))
         while pending:
             encoded = pending.popleft().result()
             pending.extend(pool.submit(encode_group, group) for group in islice(groups, 1))
@@ -744,12 +734,6 @@ def get_device():
         here = ", ".join(name for name in available if available[name])
         raise PrepareError(f"DEVICE={name!r} is not on this machine, which has: {here}")
     return torch.device(name)
-
-
-def synchronize(device):
-    """Wait until the device has done all that was asked of it."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def peak_memory_mb():
@@ -826,10 +810,7 @@ def fill_rows(tokens, rows, out):
     """Copy the pieces of `rows` into `out`, (B, T + 1) of any integer type. Returns the last row's epoch."""
     epoch = 0
     for line, (row, epoch) in zip(out, rows):  # noqa: B007
-        at = 0
-        for start, length in row:
-            line[at : at + length] = tokens[start : start + length]
-            at += length
+        np.concatenate([tokens[start : start + length] for start, length in row], out=line)
     return epoch
 
 
@@ -857,7 +838,7 @@ def on_the_clock(items):
 def batches(tokens, offsets, B, T, device):
     """The generator behind `make_dataloader`, on any tokens (N,) and offsets (documents + 1,)."""
     rows = pack_rows(offsets, T, forever=True)
-    pinned = device.type == "cuda"  # only from pinned memory a copy overlaps with the GPU's work
+    pinned = device.type == "cuda"  # a copy overlaps with the GPU's work only from pinned memory
 
     def make_batch():
         packed = np.empty((B, T + 1), np.uint16)
@@ -978,17 +959,10 @@ def start_run():
     for split in ("train", "val"):
         read_tokens(split)  # open from now on: another prepare.py can't take the files away
     get_token_bytes()
-    set_seeds()
+    for seed_generators in (random.seed, np.random.seed, torch.manual_seed):  # the last one on every device
+        seed_generators(get_seed())
     run_commit = find_commit()
     return device
-
-
-def set_seeds():
-    """Seed Python's, NumPy's and PyTorch's generators on every device with the seed of this run."""
-    seed = get_seed()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def process_seconds():
@@ -1048,7 +1022,8 @@ def evaluate_bpb(model, tokenizer, batch_size):
     stay. A model that fails in anything gets EvaluationError and no number.
     """
     device = get_device()
-    synchronize(device)  # what is still being computed is training
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()  # what is still being computed is training
     clock.stop()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # libraries and kernels need memory of their own
@@ -1168,10 +1143,13 @@ def prepare(args):
     with cache_lock(cache):
         forget_cache()  # another process may have changed it
         before = remove_damaged(cache)
-        corpus = find_corpus(args, cache)
+        if args.corpus == "climbmix":
+            corpus = climbmix_corpus(cache / "data", args.num_shards, args.download_workers)
+        else:
+            corpus = source_corpus() if args.corpus == "source" else folder_corpus(Path(args.corpus))
         show("corpus", corpus.note)
 
-        # A file's name has the key of what it was made from, and it appears complete: what is there was made.
+        # A file's name has the key of what it was made from. A file that exists is complete.
         recipe = [LAYOUT, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS, DOCUMENT_CHARS]
         path = cache / f"tokenizer-{cache_key(corpus.identity('train'), args.vocab_size, recipe)}.bpe"
         files, new = {"tokenizer": path}, not path.exists()
@@ -1254,12 +1232,6 @@ def write_manifest(cache, args, vocab_size, files):
     return manifest
 
 
-def find_corpus(args, cache):
-    if args.corpus == "climbmix":
-        return climbmix_corpus(cache / "data", args.num_shards, args.download_workers)
-    return source_corpus() if args.corpus == "source" else folder_corpus(Path(args.corpus))
-
-
 # -----------------------------------------------------------------------------
 # Command line
 
@@ -1299,13 +1271,14 @@ def parse_arguments(argv):
     if args.corpus not in ("climbmix", "source"):
         args.corpus = str(Path(args.corpus).expanduser().resolve())
     args.scale = args.scale or ("full" if get_device().type == "cuda" else "laptop")
-    # The command that makes this cache again on any machine: nothing is left to a default that depends on the machine.
+    # The command that makes this cache again on any machine: no default in it depends on the machine.
     given = [(name, value) for name, value in vars(args).items() if value != parser.get_default(name)]
     args.command = shlex.join(["uv", "run", "prepare.py", *(f"--{k.replace('_', '-')}={v}" for k, v in given)])
     for name, (low, high, *_) in NUMBERS.items():
         value = SCALES[args.scale].get(name) if getattr(args, name) is None else getattr(args, name)
         if not low <= value <= high or value == args.num_shards == 0:
-            parser.error(f"--{name.replace('_', '-')} needs a whole number from {low:,} to {high:,}, got {value:,}")
+            limits = f"from {low:,} to {high:,}" + ", not 0" * (low < 0)
+            parser.error(f"--{name.replace('_', '-')} needs a whole number {limits}, got {value:,}")
         setattr(args, name, value)
     if args.eval_tokens < args.seq_len:
         parser.error(f"--eval-tokens {args.eval_tokens} is less than one row of --seq-len {args.seq_len}")

@@ -608,7 +608,7 @@ def warm_up(build, config, vocab_size, T, device):
         with torch.no_grad():
             compiled_model(x)
 
-    for batch_size in (n for n in range(min(rows, config.DEVICE_BATCH_SIZE), 0, -1) if rows % n == 0):
+    for batch_size in (n for n in range(min(rows, max(config.DEVICE_BATCH_SIZE, 1)), 0, -1) if rows % n == 0):
         try:
             run_steps(batch_size)
             return batch_size
