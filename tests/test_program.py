@@ -248,13 +248,24 @@ def decided(folder):
         ("1.003999", "discard, unless it is simpler code"),
         ("1.004001", "discard"),
         ("10.00000", "discard"),
+        (None, "crash"),
     ],
 )
 def test_the_verdict_by_hand(tmp_path, now, verdict):
     rows = "".join(f"abc1234\t{number}\t1.0\tkeep\tbaseline\n" for number in ("1.006000", "1.003000", "1.000000"))
     (tmp_path / "results.tsv").write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + rows)
-    (tmp_path / "run.log").write_text(f"step 1\n---\nval_bpb:          {now}\ntraining_seconds: 5\nexit: 0\n")
+    block = f"---\nval_bpb:          {now}\ntraining_seconds: 5\nexit: 0\n" if now else "exit: 1\n"
+    (tmp_path / "run.log").write_text(f"step 1\n{block}")
     assert decided(tmp_path) == (pytest.approx((1.0, 0.004, 0, 0.996, 1.004)), verdict)
+
+
+def test_the_check_by_hand(tmp_path):
+    rows = ("1.0 keep check, seed 100", "2.0 keep check, seed 101", "0.0 crash check, seed 102", "9.0 keep an idea")
+    (tmp_path / "results.tsv").write_text(
+        "".join("abc1234\t{}\t1.0\t{}\t{}\n".format(*row.split(" ", 2)) for row in rows)
+    )
+    done = subprocess.run(["bash", "-c", command("runs)")], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "abc1234 1.500000 (2 runs)\n"
 
 
 def test_no_command_can_lose_work():
@@ -262,5 +273,5 @@ def test_no_command_can_lose_work():
         for word in ("git clean", "--hard", "rm ", "git checkout", "git push", "stash"):
             assert word not in text
     assert not any("timeout" in text for text in blocks(ONE_GPU))  # a Mac has no such command
-    assert len(ONE_GPU.splitlines()) <= 190 and len(SEVERAL_GPUS.splitlines()) <= 131
+    assert len(ONE_GPU.splitlines()) <= 190 and len(SEVERAL_GPUS.splitlines()) <= 137
     assert "git status --porcelain` must print nothing" in ONE_GPU

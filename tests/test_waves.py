@@ -18,10 +18,11 @@ import pytest
 from slurm import MISSING, Slurm
 from test_program import SEVERAL_GPUS, Clone, command
 
-SETUP, DECIDE, RECORD, COMBINE, CHECK, CLEAN = (
+WORKTREES, SCRIPTS, COMBINE, CHECK, CLEAN = (
     command(words, page=SEVERAL_GPUS)
-    for words in ("worktree add", "statistics", "grep -vxFf", "cherry-pick", "for i in 1 2 3", "worktree remove")
+    for words in ("worktree add", "grep -vxFf", "cherry-pick", "sed -n 2p", "worktree remove")
 )
+DECIDE, RECORD = (re.search(rf"`([^`]* \.waves/{name})`", SEVERAL_GPUS)[1] for name in (r"decide\.py", "record"))
 START = {True: command("sbatch", page=SEVERAL_GPUS), False: command("nohup", page=SEVERAL_GPUS)}
 WAIT = {True: command("squeue", page=SEVERAL_GPUS), False: command("ps -A", page=SEVERAL_GPUS)}
 
@@ -65,8 +66,9 @@ class Night(Clone):
             self.sh("git commit -qam 'a stand-in'")
         self.sh("git switch -q -c autoresearch/t")
         self.sh(command("commit\\tval_bpb"))
-        assert SETUP.count(" 600 ") == 1
-        self.sh(SETUP.replace("seq K", f"seq {gpus}").replace(" 600 ", f" {limit} "))
+        assert WORKTREES.count(" 600 ") == 1
+        self.sh(WORKTREES.replace("seq K", f"seq {gpus}").replace(" 600 ", f" {limit} "))
+        self.sh(SCRIPTS)
         self.all = range(1, gpus + 1)
         self.base, self.commits = self.head(), {self.head()}
 
@@ -85,7 +87,7 @@ class Night(Clone):
 
     def alive(self):
         """What runs or is queued, as the command lists it"""
-        text = WAIT[bool(self.slurm)].replace("seq 45", "seq 1").replace("sleep 1", "sleep 0.3")
+        text = re.sub(r"sleep \d+", "sleep 0.1", WAIT[bool(self.slurm)]).replace("seq 45", "seq 3")
         return self.sh(text, ok=False).splitlines()[bool(self.slurm) :]
 
     def decide(self):
@@ -93,6 +95,14 @@ class Night(Clone):
         done = subprocess.run(["bash", "-c", DECIDE], cwd=self.folder, env=self.env, capture_output=True, text=True)
         assert "Traceback" not in done.stderr, done.stderr
         return done.stdout + done.stderr, done.returncode == 0
+
+    def missing(self):
+        """The commits that have no result yet, as the decision names them"""
+        found = re.fullmatch(r"not ended: (.*)\. Wait \(step 3\)\. If nothing runs, start .*\n", self.decide()[0])
+        return sorted(found[1].split()) if found else []
+
+    def heads(self, *numbers):
+        return sorted(self.head(i) for i in numbers)
 
     def idea(self, i, value, fault="", what=None, name="VALUE"):
         path = self.folder / f".waves/{i}/train.py"
@@ -127,7 +137,7 @@ class Night(Clone):
             printed, decided = self.decide()
             if decided:
                 return printed
-            assert "start again" in printed
+            assert "not ended: " in printed
         raise AssertionError(printed)
 
     def record(self):
@@ -151,7 +161,7 @@ class Night(Clone):
         assert self.sh("git branch --show-current") == "autoresearch/t\n"
         assert {tag[6:] for tag in self.sh("git tag").split()} == {row[0] for row in ideas if row[3] != "keep"}
         assert self.sh("git status --porcelain") == ""
-        assert {self.head(i) for i in self.all} == {self.head()}
+        assert set(self.heads(*self.all)) == {self.head()}
         assert not list(self.folder.glob(".waves/*.row"))
 
     def statuses(self, wave):
@@ -178,10 +188,7 @@ BAR = 1 - 1.75 * statistics.stdev(NOISE)
 def test_waves_of_eight_through_slurm(tmp_path, slurm):
     night = Night(tmp_path, 8, slurm)
     # Wave 1: the noise. Two nodes with two GPUs each, so half of the runs wait in the queue
-    assert night.decide() == (
-        "8 runs have not ended: wait (step 3). If nothing runs, start again (step 2)\n",
-        False,
-    )
+    assert night.missing() == [night.base] * 8
     night.start("0 1 2 3 4 5 6 7")
     assert len(night.alive()) == 8
     night.wait(lambda: not night.alive())
@@ -235,6 +242,14 @@ def test_waves_of_eight_through_slurm(tmp_path, slurm):
     assert ".waves/8/: no row" in night.sh(CLEAN)
     assert night.sh("git worktree list --porcelain").count("worktree ") == 2
     assert night.sh("git status --porcelain") == ""
+    # Another night from the same commit: it runs again
+    night.sh(f"git worktree remove .waves/8; git switch -q -c autoresearch/u {night.base}")
+    night.sh(command("commit\\tval_bpb"))
+    night.sh(WORKTREES.replace("seq K", "seq 2"))
+    night.sh(SCRIPTS)
+    night.finish("0 1", 2)
+    night.sh(RECORD)
+    assert night.statuses(1) == [("keep", "1.000000"), ("keep", "1.003000")]
 
 
 def jobs(night):
@@ -245,8 +260,12 @@ def jobs(night):
 def test_every_fault_through_slurm(tmp_path, slurm):
     night = Night(tmp_path, 8, slurm, limit=8)
     night.baselines()
-    void = "commit = commit if starts > 1 else '-------'"
-    faults = {1: void, 2: "raise SystemExit('no memory')", 3: "VALUE = float('nan')", 4: "time.sleep(99)"}
+    faults = {
+        1: "commit = '-------'",
+        2: "raise SystemExit('no memory')",
+        3: "VALUE = float('nan')",
+        4: "time.sleep(99)",
+    }
     faults |= {5: HANG, 6: HANG, 7: "while starts < 2: time.sleep(0.1)"}
     for i in night.all:
         night.idea(i, 0.7 + i / 100, faults.get(i, ""))
@@ -259,26 +278,28 @@ def test_every_fault_through_slurm(tmp_path, slurm):
     os.kill(night.pid(6), signal.SIGKILL)
     os.kill(night.parent(night.parent(night.pid(7))), signal.SIGKILL)
     night.wait(lambda: not night.alive())
-    assert night.decide()[0].startswith("4 runs have not ended")
+    assert night.missing() == night.heads(5, 6, 7, 8)
     # Cut off a second time
     night.start()
     for i in (5, 6):
         night.wait(lambda: night.log(i).count("pid: ") == 2)  # noqa: B023
         os.kill(night.pid(i), signal.SIGKILL)
-    # A run that exceeded its time, or whose train.py was edited after the commit, has no number. It can be run again
-    assert f"{night.head(1)}\t0.000000\t0.0\tcrash\t" in night.finish()
-    row = f".waves/{night.head(1)}-0."
-    night.sh(f"mv {row}row {row}old")
-    assert f"{night.head(1)}\t0.713000\t0.5\tkeep\t" in night.finish()
+    # A run that exceeded its time, or whose train.py was edited after the commit, has no number. The slip is mended
+    slip = night.head(1)
+    assert f"{slip}\t0.000000\t0.0\tcrash\twave 2: idea 1\n" in night.finish()
+    night.idea(1, 0.71)
+    night.sh("git -C .waves/1 reset -q --soft HEAD~2 && git -C .waves/1 commit -qm 'idea 1, mended'")
+    night.commits = {night.base, slip, *night.heads(*night.all)}
+    assert f"{night.head(1)}\t0.713000\t0.5\tkeep\twave 2: idea 1, mended\n" in night.finish()
     logs = {i: night.log(i) for i in night.all}
     night.record()
     assert "no memory" in logs[2]
-    expected = {1: 0.713, 2: 0, 3: 0, 4: 0, 5: 0, 6: 0, 7: 0.773, 8: 0.783}
+    expected = {"slip": 0, 1: 0.713, 2: 0, 3: 0, 4: 0, 5: 0, 6: 0, 7: 0.773, 8: 0.783}
     assert sorted(night.statuses(2)) == sorted(
         ("crash" if not value else "keep" if value == 0.713 else "discard", f"{value:.6f}")
         for value in expected.values()
     )
-    assert {i: logs[i].count("pid: ") for i in night.all} == {1: 2, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2, 7: 2, 8: 1}
+    assert {i: logs[i].count("pid: ") for i in night.all} == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2, 7: 2, 8: 1}
 
 
 def test_a_node_goes_away_and_the_controller_restarts(tmp_path, slurm):
@@ -298,15 +319,15 @@ def test_a_node_goes_away_and_the_controller_restarts(tmp_path, slurm):
     night.wait(lambda: len(night.alive()) == 4)
     # The controller stops and comes back; the runs go on
     slurm.stop("slurmctld", signal.SIGTERM)
-    assert "Unable to contact slurm controller" in night.sh("exec 2>&1;" + WAIT[True], ok=False)
-    assert night.decide() == ("6 runs have not ended: wait (step 3). If nothing runs, start again (step 2)\n", False)
+    assert "Unable to contact slurm controller" in night.sh(f"sleep() {{ :; }}; exec 2>&1; {WAIT[True]}", ok=False)
+    assert night.missing() == night.heads(*night.all)
     (night.folder / ".waves/go").touch()
     left = min(set(night.all) - gone)
     night.wait((night.folder / f".waves/{night.head(left)}-0.row").exists)
     slurm.start("slurmctld")
     slurm.wait_for(lambda: "slurmctld is UP" not in slurm.run("squeue", ok=False), "slurmctld")
     night.wait(lambda: not night.alive(), 90)
-    assert night.decide()[0].startswith("2 runs have not ended")
+    assert night.missing() == night.heads(*gone)
     night.finish()
     logs = {i: night.log(i) for i in night.all}
     night.record()
@@ -330,14 +351,14 @@ def test_a_wave_is_picked_up_wherever_it_was_left(tmp_path, slurm):
     night.wait(lambda: not night.alive())
     assert night.head(1) in night.decide()[0] and night.log(2).count("start: ") == 1
     night.idea(2, 0.9)
-    assert night.decide()[0].startswith("1 runs have not ended")
+    assert night.missing() == [night.head(2)]
     night.sh(RECORD)  # too early: nothing happens
     assert night.head(2) != night.head() == night.base and len(night.rows()) == 5
     night.finish()
-    # RECORD dies before its first command, its second, and so on
-    table = (night.folder / "results.tsv").read_text()
+    # The record dies before its first command, its second, and so on
+    table, record = ((night.folder / name).read_text() for name in ("results.tsv", ".waves/record"))
     for n in range(1, 99):
-        done = night.sh(f"set -T; trap '((++commands < {n})) || kill -9 $$' DEBUG\n{RECORD}\necho done", ok=False)
+        done = night.sh(f"set -T; trap '((++commands < {n})) || kill -9 $$' DEBUG\n{record}\necho done", ok=False)
         if "done" in done:
             break
         half_way = (night.folder / ".waves/rows").exists()
@@ -371,10 +392,10 @@ def test_waves_without_slurm(tmp_path):
     os.kill(night.parent(night.parent(night.pid(3))), signal.SIGKILL)
     night.wait(lambda: not any("/2/train.py" in line for line in night.alive()))
     assert any("/3/train.py" in line for line in night.alive())
-    assert night.decide()[0].startswith("2 runs have not ended")
+    assert night.missing() == night.heads(2, 3)
     (night.folder / ".waves/go").touch()
     night.wait(lambda: not night.alive())
-    assert night.decide()[0].startswith("2 runs have not ended")
+    assert night.missing() == night.heads(2, 3)
     night.finish()
     logs = {i: night.log(i) for i in night.all}
     night.record()
