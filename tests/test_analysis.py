@@ -450,7 +450,7 @@ def test_a_real_evening(analyse, tmp_path):
 
 
 def test_a_real_evening_of_waves(analyse):
-    """Nine waves of four, 30 seconds a run, that an agent made through a Slurm on two cores; picture: tests/waves.png."""
+    """Nine waves of four, 30 seconds a run, by an agent, through Slurm on two cores; the picture is tests/waves.png."""
     variables, printed = analyse((ROOT / "tests" / "waves.tsv").read_text(encoding="utf-8"))
     assert variables["outcomes"].loc["results.tsv", ["experiments", "keep", "discard"]].tolist() == [33, 9, 24]
     assert "results.tsv: 9 waves" in printed and "0 of 32 decisions differ" in printed

@@ -97,9 +97,9 @@ class Night(Clone):
         return done.stdout + done.stderr, done.returncode == 0
 
     def missing(self):
-        """The commits that have no result yet, as the decision names them"""
+        """The commits of the runs that have no result yet, as the decision names them"""
         found = re.fullmatch(r"not ended: (.*)\. Wait \(step 3\)\. If nothing runs, start .*\n", self.decide()[0])
-        return sorted(found[1].split()) if found else []
+        return sorted(run[:7] for run in found[1].split()) if found else []
 
     def heads(self, *numbers):
         return sorted(self.head(i) for i in numbers)
@@ -207,7 +207,7 @@ def test_waves_of_eight_through_slurm(tmp_path, slurm):
     others = [f"tried/{night.head(i)}" for i in (2, 4, 5)]
     printed = night.finish()
     assert f"head 1.000000, margin {1 - BAR:.6f}: keep the best below {BAR:.6f}, " in printed
-    assert printed.endswith(f"one of the next ideas is {' '.join(others)} together\n")
+    assert printed.endswith(f"one of the next ideas, on the new head: {' '.join(others)}\n")
     night.record()
     assert [status for status, _ in night.statuses(2)] == ["keep"] + ["discard"] * 7
 
@@ -342,7 +342,15 @@ def test_a_wave_is_picked_up_wherever_it_was_left(tmp_path, slurm):
     """Every step is left half-way once; what follows is what the page says: wait, decide, and do what this says."""
     night = Night(tmp_path, 2, slurm)
     night.wave("0 1")
-    night.wave("2 3")  # two baselines tell little
+    # Two baselines tell little, so wave 2 has two more. One of them is cut off
+    night.finish("2 3")
+    (night.folder / f".waves/{night.base}-3.row").unlink()
+    assert night.decide() == (
+        f"not ended: {night.base}-3. Wait (step 3). If nothing runs, start again (step 2)\n",
+        False,
+    )
+    night.wave("2 3")
+    assert [night.log(1, seed).count("start: ") for seed in range(4)] == [1, 1, 1, 2]
     rows = [row[4] for row in night.rows()[1:]]
     assert sorted(rows) == [f"wave {1 + seed // 2}: baseline, seed {seed}" for seed in range(4)]
     # One of two ideas has a commit: the other worktree's run has ended long ago, it is the baseline's
