@@ -56,7 +56,8 @@ def main():
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=16, help="rows a batch of the loader")
     args = parser.parse_args()
-    cores = os.cpu_count()
+    available = sorted(os.sched_getaffinity(0))  # Linux only
+    cores = len(available)
     print(f"{cores} cores, vocabulary {args.vocab_size:,}, rows of 2,048 tokens, {args.rows} a batch")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -84,9 +85,9 @@ def main():
         )
 
         def tokenize(cpus):
-            prepare.os.cpu_count = lambda: cpus
+            os.sched_setaffinity(0, available[:cpus])
             prepare.write_tokens(tokenizer, corpus, "train", folder / f"train-{cpus}.bin")
-            prepare.os.cpu_count = lambda: cores
+            os.sched_setaffinity(0, available)
             return (folder / f"train-{cpus}.bin").stat().st_size / 2e6
 
         for cpus in sorted({1, cores}):
