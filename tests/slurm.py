@@ -151,6 +151,8 @@ class Slurm:
 
 
 def main():
+    for number in (signal.SIGINT, signal.SIGTERM):  # a process in the background ignores the first
+        signal.signal(number, signal.default_int_handler)
     folder = tempfile.mkdtemp(prefix="slurm-")
     with Slurm(folder, *map(int, sys.argv[1:])) as slurm:
         print(f"export SLURM_CONF={slurm.env['SLURM_CONF']}  # until Ctrl-C", flush=True)

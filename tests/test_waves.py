@@ -412,6 +412,55 @@ def test_waves_without_slurm(tmp_path):
     assert re.search(r"ran: here:(\d)", logs[2])[1] == "1"
 
 
+def test_slips_of_the_agent(tmp_path):
+    night = Night(tmp_path, 2)
+    (night.folder / ".waves/notes").mkdir()  # not a worktree: git in it is the clone's own
+    night.start()  # the baseline without seeds: nothing runs
+    night.wait(lambda: not night.alive())
+    assert night.missing() == [night.base] * 2 and not night.log(1)
+    night.wave("0 1")
+    night.wave("2 3")
+    night.idea(1, 0.8, what="check whether\ttabs do harm")
+    night.idea(2, 0.9)
+    night.start("0 1")  # ideas with seeds: nothing runs
+    night.wait(lambda: not night.alive())
+    assert night.missing() == night.heads(1, 2) and not night.log(1)
+    night.start()
+    night.start()  # while it runs
+    night.finish()
+    assert [night.log(i).count("start: ") for i in night.all] == [1, 1]
+    # Git refuses to move the branch over an edit: the record stops, and can be done again
+    (night.folder / "train.py").write_text("an edit")
+    assert night.sh(f"{RECORD}; echo $?") == "1\n"
+    assert night.decide() == ("step 5 was cut off: do it again\n", False)
+    night.sh("git restore train.py")
+    night.record()
+    assert [row[3:] for row in night.rows()[-2:]] == [
+        ["keep", "wave 3: check whether tabs do harm"],
+        ["discard", "wave 3: idea 2"],
+    ]
+    night.sh(f"git -C .waves/1 switch -q --detach {night.base}")  # not the branch's head
+    night.idea(1, 0.7)
+    night.start()
+    night.wait(lambda: not night.alive())
+    assert night.missing() == night.heads(1) and not night.log(1)
+    assert f"1 {night.head(1)}: seeds are" in (night.folder / ".waves/nohup.log").read_text()
+
+
+def test_baselines_that_crash(tmp_path):
+    crash = "if not os.path.exists('../go'): raise SystemExit(1)"
+    night = Night(tmp_path, 2, train=STAND_IN.replace('FAULT = ""', f"FAULT = {crash!r}"))
+    assert night.finish("0 1").count("\tcrash\t") == 2
+    (night.folder / ".waves/go").touch()
+    night.sh(f"mv .waves/{night.base}-0.* .waves/.old")
+    assert night.finish("0 1").count("\tcrash\t") == 1
+    night.record()
+    night.idea(1, 0.5)
+    night.start()
+    night.wait(lambda: not night.alive())
+    assert night.decide() == ("fewer than two baselines have a number: there is no bar\n", False)
+
+
 def test_the_real_train_py(tmp_path, slurm, cache):
     night = Night(tmp_path, 2, slurm, train=None, cache=cache)
     night.env["OMP_NUM_THREADS"] = "1"  # two threads each on two cores wait for one another, beyond the budget
