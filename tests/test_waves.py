@@ -466,5 +466,10 @@ def test_the_real_train_py(tmp_path, slurm, cache):
     night.env["OMP_NUM_THREADS"] = "1"  # two threads each on two cores wait for one another, beyond the budget
     night.wave("0 1")
     rows = sorted(night.rows()[1:], key=lambda row: row[4])
-    assert [row[3:] for row in rows] == [["keep", f"wave 1: baseline, seed {seed}"] for seed in (0, 1)], rows
+    assert [row[3] for row in rows] == ["keep"] * 2, rows
+    for seed, row in enumerate(rows):
+        assert re.fullmatch(rf"wave 1: baseline, seed {seed}, [1-9]\d* steps", row[4])
+        assert re.findall("^num_steps: *(.*)", night.log(1, seed), re.M) == [row[4].split()[-2]]
     assert rows[0][1] != rows[1][1] and all(0.1 < float(row[1]) < 4 for row in rows)
+    same = re.search(r"`(grep -hE [^`]*)`", SEVERAL_GPUS)[1]
+    assert [line.split(":")[0] for line in night.sh(same).splitlines()] == ["attention", "harness"]
