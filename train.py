@@ -597,6 +597,8 @@ def warm_up(build, config, vocab_size, T, device):
     rows, rest = divmod(config.TOTAL_BATCH_SIZE, T)
     if rest or not rows:
         raise TrainingError(f"TOTAL_BATCH_SIZE must be a multiple of a row, {T} tokens: {max(rows, 1) * T:,} is one")
+    if config.DEVICE_BATCH_SIZE < 1:
+        raise TrainingError(f"DEVICE_BATCH_SIZE is {config.DEVICE_BATCH_SIZE} rows: it must be 1 or more")
 
     def run_steps(batch_size):
         model, compiled_model, optimizer = build()
@@ -608,7 +610,7 @@ def warm_up(build, config, vocab_size, T, device):
         with torch.no_grad():
             compiled_model(x)
 
-    for batch_size in (n for n in range(min(rows, max(config.DEVICE_BATCH_SIZE, 1)), 0, -1) if rows % n == 0):
+    for batch_size in (n for n in range(min(rows, config.DEVICE_BATCH_SIZE), 0, -1) if rows % n == 0):
         try:
             run_steps(batch_size)
             return batch_size

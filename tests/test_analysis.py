@@ -427,6 +427,14 @@ def test_runs_in_jupyter(tmp_path, text):
     assert (tmp_path / "progress.png").exists() == bool(text)
 
 
+@pytest.mark.parametrize(("K", "C"), [(31, 1.75), (32, 2.5)])
+def test_the_bar_of_wide_waves(analyse, K, C):
+    values = [0.999 + 0.002 * (i % 2) for i in range(K)]
+    text = "; ".join(f"ba5e11e {value} keep wave 1: baseline, seed {i}" for i, value in enumerate(values))
+    variables, _ = analyse(table(text + "; a000001 1 discard wave 2: an idea"))
+    assert variables["runs"]["bar"].iloc[-1] == pytest.approx(np.mean(values) - C * np.std(values, ddof=1))
+
+
 def test_a_real_evening(analyse, tmp_path):
     """25 experiments of 60 seconds that an agent ran by program.md at laptop scale, on one core of a busy machine."""
     variables, printed = analyse(EVENING)

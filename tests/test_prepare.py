@@ -48,7 +48,7 @@ def run(capsys, *options):
         (["--seq-len=0"], "--seq-len needs a whole number from 1"),
         (["--time-budget=-5"], "--time-budget needs"),
         (["--eval-tokens=10", "--seq-len=20"], "less than one row"),
-        (["--num-shards=0"], "--num-shards needs"),
+        (["--num-shards=0"], "from -1 to 6,542, not 0, got 0"),
         (["--num-shards=6543"], "to 6,542"),
         (["--scale=huge"], "full"),
         (["--nonsense"], "--nonsense"),

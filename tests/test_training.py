@@ -110,6 +110,8 @@ def test_every_build_is_the_same_and_only_the_last_one_stays_in_memory():
 def test_a_step_that_is_not_a_whole_number_of_rows(total, possible):
     with pytest.raises(train.TrainingError, match=f"multiple of a row, 8 tokens: {possible} is one"):
         train.warm_up(build, replace(TINY, TOTAL_BATCH_SIZE=total), V, T, CPU)
+    with pytest.raises(train.TrainingError, match="DEVICE_BATCH_SIZE is 0 rows: it must be 1 or more"):
+        train.warm_up(build, replace(TINY, DEVICE_BATCH_SIZE=0), V, T, CPU)
 
 
 def build_with_memory_for(rows, error=torch.cuda.OutOfMemoryError("as the allocator says it")):  # noqa: B008

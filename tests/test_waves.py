@@ -46,8 +46,11 @@ print(f"ran: {{where}} {{began}} {{time.time()}}")
 print(f"---\\nval_bpb:          {{value:.6f}}\\nseed:             {{seed}}")
 print(f"row:              {{commit}}\\t{{value:.6f}}\\t0.5")
 """
-HANG = "while not os.path.exists('../go') and time.time() < began + 120: time.sleep(0.1)"  # till the test says go
 HANG_ONCE = "while starts < 2: time.sleep(0.1)"
+# till the test says go; its log ends within a line
+HANG = """print("step", end="", flush=True)
+while not os.path.exists("../go") and time.time() < began + 120: time.sleep(0.1)"""
+DIE_AT_EXIT = "import atexit; atexit.register(lambda: (print(end='', flush=True), os.kill(os.getpid(), 9)))"
 
 
 class Night(Clone):
@@ -107,13 +110,15 @@ class Night(Clone):
     def idea(self, i, value, fault="", what=None, name="VALUE"):
         path = self.folder / f".waves/{i}/train.py"
         text = re.sub(f"^{name} = .*", f"{name} = {value}", path.read_text(), flags=re.M)
-        path.write_text(re.sub("^FAULT = .*", f"FAULT = {fault!r}", text, flags=re.M))
+        path.write_text(re.sub("^FAULT = .*", lambda _: f"FAULT = {fault!r}", text, flags=re.M))
         self.sh(f"git -C .waves/{i} commit -qam '{what or f'idea {i}'}'")
         self.commits.add(self.head(i))
 
     def baselines(self):
         """Wave 1 without its runs."""
-        rows = [f"{self.base}\t{1 + NOISE[i - 1]:.6f}\t0.5\tkeep\twave 1: baseline, seed {i - 1}\n" for i in self.all]
+        rows = [
+            f"{self.base}\t{1 + NOISE[(i - 1) % 8]:.6f}\t0.5\tkeep\twave 1: baseline, seed {i - 1}\n" for i in self.all
+        ]
         with open(self.folder / "results.tsv", "a") as table:
             table.writelines(rows)
 
@@ -265,8 +270,10 @@ def test_every_fault_through_slurm(tmp_path, slurm):
         2: "raise SystemExit('no memory')",
         3: "VALUE = float('nan')",
         4: "time.sleep(99)",
+        5: HANG,
+        6: HANG,
+        7: HANG_ONCE,
     }
-    faults |= {5: HANG, 6: HANG, 7: "while starts < 2: time.sleep(0.1)"}
     for i in night.all:
         night.idea(i, 0.7 + i / 100, faults.get(i, ""))
     night.start()
@@ -338,6 +345,24 @@ def test_a_node_goes_away_and_the_controller_restarts(tmp_path, slurm):
     slurm.ready()
 
 
+def test_the_time_limit_of_slurm(tmp_path, slurm):
+    """That of the job, should it be shorter than the script's own. Slurm looks at it every 30 seconds."""
+    night = Night(tmp_path, 2, slurm)
+    night.baselines()
+    night.idea(1, 0.7, HANG)  # there is no second idea, so the second task ends at once
+    night.start()
+    night.wait(lambda: "pid: " in night.log(1))
+    slurm.run("scontrol", "update", f"jobid={jobs(night)['1']}", "EndTime=now+1")
+    night.wait(lambda: not night.alive(), 90)
+    assert "DUE TO TIME LIMIT" in (night.folder / ".waves/slurm.log").read_text()
+    assert night.missing() == [night.head(1)]
+    (night.folder / ".waves/go").touch()
+    night.finish()
+    assert night.log(1).count("start: ") == 2
+    night.record()
+    assert night.statuses(2) == [("keep", "0.703000")]
+
+
 def test_a_wave_is_picked_up_wherever_it_was_left(tmp_path, slurm):
     """Every step is left half-way once; what follows is what the page says: wait, decide, and do what this says."""
     night = Night(tmp_path, 2, slurm)
@@ -386,7 +411,7 @@ def test_waves_without_slurm(tmp_path):
     night = Night(tmp_path, 4)
     night.wave("0 1 2 3")
     for i in night.all:
-        night.idea(i, 0.7 + i / 100, {1: "", 2: HANG, 3: HANG, 4: "1 / 0"}[i])
+        night.idea(i, 0.7 + i / 100, {1: DIE_AT_EXIT, 2: HANG, 3: HANG, 4: "1 / 0"}[i])
     night.start()
     ended = [night.folder / f".waves/{night.head(i)}-0.row" for i in (1, 4)]
     night.wait(lambda: all("pid: " in night.log(i) for i in night.all) and all(row.exists() for row in ended))
@@ -421,7 +446,7 @@ def test_slips_of_the_agent(tmp_path):
     night.wave("0 1")
     night.wave("2 3")
     night.idea(1, 0.8, what="check whether\ttabs do harm")
-    night.idea(2, 0.9)
+    night.idea(2, 0.6)
     night.start("0 1")  # ideas with seeds: nothing runs
     night.wait(lambda: not night.alive())
     assert night.missing() == night.heads(1, 2) and not night.log(1)
@@ -429,15 +454,23 @@ def test_slips_of_the_agent(tmp_path):
     night.start()  # while it runs
     night.finish()
     assert [night.log(i).count("start: ") for i in night.all] == [1, 1]
+    # A commit that was replaced after its run is not kept, though it was the best
+    replaced = night.head(2)
+    night.idea(2, 0.9)
+    night.sh("git -C .waves/2 reset -q --soft HEAD~2 && git -C .waves/2 commit -qm 'idea 2'")
+    night.commits = {night.base, replaced, *night.heads(1, 2)}
+    night.finish()
     # Git refuses to move the branch over an edit: the record stops, and can be done again
     (night.folder / "train.py").write_text("an edit")
+    night.sh("git config tag.gpgsign true")
     assert night.sh(f"{RECORD}; echo $?") == "1\n"
     assert night.decide() == ("step 5 was cut off: do it again\n", False)
     night.sh("git restore train.py")
     night.record()
-    assert [row[3:] for row in night.rows()[-2:]] == [
-        ["keep", "wave 3: check whether tabs do harm"],
-        ["discard", "wave 3: idea 2"],
+    assert [[row[1], *row[3:]] for row in night.rows()[-3:]] == [
+        ["0.603000", "discard", "wave 3: idea 2"],
+        ["0.803000", "keep", "wave 3: check whether tabs do harm"],
+        ["0.903000", "discard", "wave 3: idea 2"],
     ]
     night.sh(f"git -C .waves/1 switch -q --detach {night.base}")  # not the branch's head
     night.idea(1, 0.7)
@@ -445,6 +478,15 @@ def test_slips_of_the_agent(tmp_path):
     night.wait(lambda: not night.alive())
     assert night.missing() == night.heads(1) and not night.log(1)
     assert f"1 {night.head(1)}: seeds are" in (night.folder / ".waves/nohup.log").read_text()
+
+
+def test_the_margin_of_wide_waves(tmp_path):
+    for gpus, margin in ((31, 1.75), (32, 2.5)):
+        (tmp_path / str(gpus)).mkdir()
+        night = Night(tmp_path / str(gpus), gpus)
+        night.baselines()
+        values = [1 + NOISE[i % 8] for i in range(gpus)]
+        assert f", margin {margin * statistics.stdev(values):.6f}: " in night.decide()[0]
 
 
 def test_baselines_that_crash(tmp_path):
