@@ -14,7 +14,6 @@ import gc
 import itertools
 import math
 import os
-import re
 import sys
 import time
 from collections import defaultdict
@@ -286,10 +285,13 @@ class GPT(nn.Module):
         # autocast keeps its 16-bit copies of the weights until it ends. So it must end with each pass: a longer one
         # would go on with the weights of the first step.
         with torch.autocast("cuda", torch.bfloat16) if idx.is_cuda else nullcontext():
-            logits = self.logits(idx)
+            x = self.trunk(idx)
+            logits = self.lm_head(x).float()  # (B, T, V)
+            logits = self.softcap * torch.tanh(logits / self.softcap)  # Gemma 2, arXiv 2408.00118
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def logits(self, idx):
+    def trunk(self, idx):
+        """What the head reads, (B, T, C)."""
         T = idx.size(1)
         cos, sin = self.cos[:T], self.sin[:T]
         x = x0 = norm(self.wte(idx))  # (B, T, C)
@@ -297,41 +299,48 @@ class GPT(nn.Module):
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None  # (B, T, C_kv)
             x = block(x, ve, cos, sin, window)
-        logits = self.lm_head(norm(x)).float()  # (B, T, V)
-        return self.softcap * torch.tanh(logits / self.softcap)  # Gemma 2, arXiv 2408.00118
+        return norm(x)
 
 
-def parameter_rules(model, config):
-    """Yields (name, parameter, init, optimizer group) for every parameter, by the first pattern that fits its name.
+def parameter_table(config):
+    """(pattern, init, optimizer's settings): what fits a parameter's name first says all about it.
 
-    A new matrix in a block needs no line here, as "blocks.*.weight" fits it. Raises ValueError for a parameter that no
-    pattern fits, or that is not a matrix and would be updated by Muon.
+    A new matrix in a block needs no line here, as "blocks.*.weight" fits it.
     """
     bound = math.sqrt(3 / config.n_embd)  # the standard deviation is then n_embd^-1/2
-    table = (
-        ("wte.weight", partial(nn.init.normal_, std=1.0), "embedding"),
-        ("value_embeds.*", partial(nn.init.uniform_, a=-bound, b=bound), "embedding"),
-        ("lm_head.weight", partial(nn.init.normal_, std=0.001), "head"),
-        ("resid_lambdas", partial(nn.init.constant_, val=config.RESID_LAMBDA), "resid"),
-        ("x0_lambdas", partial(nn.init.constant_, val=config.X0_LAMBDA), "x0"),
-        ("blocks.*.c_proj.weight", nn.init.zeros_, "matrix"),  # so every block starts as the identity
-        ("blocks.*.ve_gate.weight", nn.init.zeros_, "matrix"),
-        ("blocks.*.weight", partial(nn.init.uniform_, a=-bound, b=bound), "matrix"),
+    lr_scale = (config.n_embd / 768) ** -0.5
+    adamw = dict(kind="adamw", betas=config.ADAM_BETAS, eps=config.ADAM_EPS, weight_decay=0.0)
+    embedding, head = dict(adamw, lr=config.EMBEDDING_LR * lr_scale), dict(adamw, lr=config.HEAD_LR * lr_scale)
+    muon = dict(kind="muon", lr=config.MATRIX_LR, momentum=0.0, beta2=config.MUON_BETA2, weight_decay=0.0)
+    return (
+        ("wte.weight", lambda p: p.normal_(std=1.0), embedding),
+        ("value_embeds.*", lambda p: p.uniform_(-bound, bound), embedding),
+        ("lm_head.weight", lambda p: p.normal_(std=0.001), head),
+        ("resid_lambdas", lambda p: p.fill_(config.RESID_LAMBDA), dict(adamw, lr=config.RESID_LR)),
+        ("x0_lambdas", lambda p: p.fill_(config.X0_LAMBDA), dict(adamw, lr=config.X0_LR, betas=config.X0_BETAS)),
+        ("blocks.*.c_proj.weight", lambda p: p.zero_(), muon),  # so every block starts as the identity
+        ("blocks.*.ve_gate.weight", lambda p: p.zero_(), muon),
+        ("blocks.*.weight", lambda p: p.uniform_(-bound, bound), muon),
     )
+
+
+def parameters_by_rule(model, config):
+    """Yields (name, parameter, init, settings) for every parameter. Raises ValueError for one that has no line."""
+    table = parameter_table(config)
     for name, p in model.named_parameters():
-        init, group = next((line[1:] for line in table if fnmatch.fnmatchcase(name, line[0])), (None, None))
-        if group is None or (group == "matrix" and p.ndim != 2):
-            raise ValueError(f"parameter {name}, shape {tuple(p.shape)}, needs a line of its own in parameter_rules")
-        yield name, p, init, group
+        init, settings = next((line[1:] for line in table if fnmatch.fnmatchcase(name, line[0])), (None, None))
+        if settings is None or (settings["kind"] == "muon" and p.ndim != 2):
+            raise ValueError(f"parameter {name}, shape {tuple(p.shape)}, needs a line of its own in parameter_table")
+        yield name, p, init, settings
 
 
 @torch.no_grad()
 def init_weights(model, config):
-    for name, p, init, _group in parameter_rules(model, config):
+    for name, p, init, _settings in parameters_by_rule(model, config):
         p.fill_(math.nan)
         init(p)
         if not p.isfinite().all():
-            raise ValueError(f"parameter {name} is not finite after its init in parameter_rules")
+            raise ValueError(f"parameter {name} is not finite after its init in parameter_table")
 
 
 # -----------------------------------------------------------------------------
@@ -454,20 +463,12 @@ def as_tensors(*numbers):
 
 
 def make_optimizer(model, config, compiled=lambda function: function):
-    """MuonAdamW over every parameter of the model, each in the group that parameter_rules names."""
-    members = {}  # (group, shape of Muon's matrices) -> parameters
-    for _name, p, _init, group in parameter_rules(model, config):
-        members.setdefault((group, p.shape if group == "matrix" else None), []).append(p)
-    lr_scale = (config.n_embd / 768) ** -0.5
-    adamw = dict(kind="adamw", betas=config.ADAM_BETAS, eps=config.ADAM_EPS, weight_decay=0.0)
-    settings = {
-        "embedding": dict(adamw, lr=config.EMBEDDING_LR * lr_scale),
-        "head": dict(adamw, lr=config.HEAD_LR * lr_scale),
-        "resid": dict(adamw, lr=config.RESID_LR),
-        "x0": dict(adamw, lr=config.X0_LR, betas=config.X0_BETAS),
-        "matrix": dict(kind="muon", lr=config.MATRIX_LR, momentum=0.0, beta2=config.MUON_BETA2, weight_decay=0.0),
-    }
-    return MuonAdamW([dict(settings[group], params=params) for (group, _), params in members.items()], compiled)
+    """MuonAdamW over every parameter, by parameter_table. A group of Muon's has matrices of one shape."""
+    groups = {}
+    for _name, p, _init, settings in parameters_by_rule(model, config):
+        key = str(settings), p.shape if settings["kind"] == "muon" else None
+        groups.setdefault(key, dict(settings, params=[]))["params"].append(p)
+    return MuonAdamW(list(groups.values()), compiled)
 
 
 # -----------------------------------------------------------------------------
@@ -489,37 +490,26 @@ def set_schedules(optimizer, config, progress, step):
 # -----------------------------------------------------------------------------
 # Accounting
 
-# Dense bfloat16 peaks with float32 accumulation: pattern of the device's name, TFLOP/s, source. If the source gives the
-# figure for 2:4 sparsity, half of it. The first pattern that is found in the name counts.
-PEAK_TFLOPS = (
-    (r"\bB200\b", 2250, "HGX B200 data sheet"),
-    (r"\bGH200\b", 989, "GH200 data sheet"),
-    (r"\bH200 NVL\b", 835, "H200 data sheet"),
-    (r"\bH200\b", 989, "H200 data sheet"),
-    (r"\bH100 PCIe\b", 756, "H100 data sheet"),
-    (r"\bH100 NVL\b", 835, "H100 data sheet"),
-    (r"\bH100\b", 989, "H100 data sheet, SXM5"),
-    (r"\bA100\b", 312, "A100 data sheet"),
-    (r"\bA30\b", 165, "A30 data sheet"),
-    (r"\bA10\b", 125, "A10 data sheet"),
-    (r"\bL40S\b", 362, "L40S data sheet"),
-    (r"\bL40\b", 181, "L40 data sheet"),
-    (r"\bL4\b", 121, "L4 data sheet"),
-    (r"\bRTX A6000$", 155, "GA102 white paper, appendix"),
-    (r"\bRTX 5090$", 209, "RTX Blackwell white paper, appendix"),
-    (r"\bRTX 4090$", 165, "Ada white paper, appendix"),
-    (r"\bRTX 3090$", 71, "GA102 white paper, appendix"),
-    (r"\bMI355X\b", 2516.6, "MI355X data sheet, 2.5 PFLOP/s: 256 CUs, 4,096 per clock, 2.4 GHz"),
-    (r"\bMI3(00|25)X\b", 1307.4, "MI300X and MI325X data sheets"),
-    (r"\bMI250X$", 191.5, "MI250X data sheet: 383 for two dies, each of which is a device"),
-)
+# Dense bfloat16 peaks with float32 accumulation, TFLOP/s, from the data sheets (half of a figure for 2:4 sparsity), by
+# the whole name of the device, as variants differ.
+PEAK_TFLOPS = {
+    "NVIDIA B200": 2250,
+    "NVIDIA H200": 989,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA L40S": 362,
+    "NVIDIA GeForce RTX 5090": 209,
+    "NVIDIA GeForce RTX 4090": 165,
+    "NVIDIA GeForce RTX 3090": 71,
+    "AMD Instinct MI300X": 1307.4,
+}
 
 
 def peak_flops(device):
-    """Peak FLOP/s of this GPU; nan for other devices, a GPU that is not in the table and a slice of one (MIG)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peaks = (peak * 1e12 for pattern, peak, _ in PEAK_TFLOPS if re.search(pattern, name))
-    return math.nan if "MIG" in name else next(peaks, math.nan)
+    """Peak FLOP/s of this GPU; nan for one that is not in the table and for other devices."""
+    return 1e12 * PEAK_TFLOPS.get(torch.cuda.get_device_name(device) if device.type == "cuda" else "", math.nan)
 
 
 def flops_per_token(model, config, T):
@@ -541,44 +531,61 @@ class TrainingError(Exception):
     """The run can't end in a score. The message says what happened, and at which step."""
 
 
-def train_step(compiled_model, optimizer, loader, grad_accum_steps):
-    """One optimizer step on the gradients of `grad_accum_steps` batches. Returns their mean loss, a tensor."""
-    total_loss = 0.0
-    for _ in range(grad_accum_steps):
-        x, y, _epoch = next(loader)
-        loss = compiled_model(x, y) / grad_accum_steps
-        loss.backward()
-        total_loss = total_loss + loss.detach()
-    optimizer.step()
-    optimizer.zero_grad()
-    return total_loss
+class Run:
+    """Everything that learns in a run. Each one that is built has the same weights.
+
+    The warm-up builds one and throws it away. So what an experiment adds here (an average of the weights, a second
+    optimizer) is warmed up too, and starts anew.
+    """
+
+    def __init__(self, config, vocab_size, T, device, attention, compiled=None):
+        torch.manual_seed(torch.initial_seed())  # the run's seed again, which start_run() has set
+        compiled = compiled or (compiler() if device.type == "cuda" else lambda function: function)
+        with device:
+            self.model = GPT(config, vocab_size, T, attention)
+        if device.type == "cuda":
+            for embedding in (self.model.wte, *self.model.value_embeds.values()):
+                embedding.bfloat16()  # half the traffic; autocast casts the other weights
+        self.config = config
+        self.compiled_model = compiled(self.model)
+        self.optimizer = make_optimizer(self.model, config, compiled)
+
+    def step(self, loader, grad_accum_steps):
+        """One optimizer step on the gradients of `grad_accum_steps` batches. Returns their mean loss, a tensor."""
+        total_loss = 0.0
+        for _ in range(grad_accum_steps):
+            x, y, _epoch = next(loader)
+            loss = self.compiled_model(x, y) / grad_accum_steps
+            loss.backward()
+            total_loss = total_loss + loss.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total_loss
 
 
-def train(compiled_model, optimizer, loader, config, grad_accum_steps, peak_rate):
-    """Train until the time is up. Returns the number of steps. Raises TrainingError if the loss explodes."""
-    step, smooth_loss, max_loss, last_line = 0, 0.0, math.inf, -math.inf
+def train(run, loader, grad_accum_steps, peak_rate):
+    """Train until the time is up. Returns (steps, tokens). Raises TrainingError if the loss explodes."""
+    step, tokens, smooth_loss, max_loss, last_line = 0, 0, 0.0, math.inf, -math.inf
     gc.collect()
     gc.freeze()  # Python's garbage collector would stop the loop for half a second now and then
     gc.disable()
     while not clock.time_is_up():
-        began = time.monotonic()
-        set_schedules(optimizer, config, clock.progress(), step)
-        loss = train_step(compiled_model, optimizer, loader, grad_accum_steps).item()  # waits for the GPU
-        step += 1
+        began, tokens_per_step = time.monotonic(), run.config.TOTAL_BATCH_SIZE
+        set_schedules(run.optimizer, run.config, clock.progress(), step)
+        loss = run.step(loader, grad_accum_steps).item()  # waits for the GPU
+        step, tokens = step + 1, tokens + tokens_per_step
         max_loss = 2 * loss if step == 1 else max_loss  # the first loss is that of a model without knowledge
         if not math.isfinite(loss) or loss > max_loss:
             raise TrainingError(f"step {step}: the loss is {loss:.4g}, the limit {max_loss:.4g}: training blew up")
         smooth_loss += 0.1 * (loss - smooth_loss)
         terminal, now = sys.stdout.isatty(), time.monotonic()
         if terminal or now - last_line >= LOG_SECONDS:
-            last_line = now
-            rate = config.TOTAL_BATCH_SIZE / (now - began)
-            mfu = "" if math.isnan(peak_rate) else f" | MFU {100 * rate / peak_rate:.1f} %"
+            last_line, rate = now, tokens_per_step / (now - began)
             line = f"step {step:5d} | {100 * clock.progress():5.1f} % | loss {smooth_loss / (1 - 0.9**step):.4f}"
-            line += f" | {rate:,.0f} tokens/s{mfu} | {clock.seconds():.0f} s"
+            line += f" | {rate:,.0f} tokens/s | MFU {100 * rate / peak_rate:.1f} % | {clock.seconds():.0f} s"
             print("\033[F\033[K" + line if terminal and step > 1 else line, flush=True)  # replaces the line
     gc.enable()
-    return step
+    return step, tokens
 
 
 def is_out_of_memory(error):
@@ -591,7 +598,7 @@ def is_out_of_memory(error):
 def warm_up(build, config, vocab_size, T, device):
     """Compile, allocate and find the micro-batch: steps on random tokens, with models that are then thrown away.
 
-    It runs before the clock starts. `build()` returns (model, compiled_model, optimizer). Returns the rows of the
+    It runs before the clock starts. `build()` returns a Run. Returns the rows of the
     micro-batch: the most that fit the memory, up to DEVICE_BATCH_SIZE, and divide the step evenly.
     """
     rows, rest = divmod(config.TOTAL_BATCH_SIZE, T)
@@ -601,14 +608,14 @@ def warm_up(build, config, vocab_size, T, device):
         raise TrainingError(f"DEVICE_BATCH_SIZE is {config.DEVICE_BATCH_SIZE} rows: it must be 1 or more")
 
     def run_steps(batch_size):
-        model, compiled_model, optimizer = build()
+        run = build()
         x, y = torch.randint(vocab_size, (2, batch_size, T), device=device)
         # Two on CUDA: from the second on, the optimizer has its state and the gradients have their final layout
         for _ in range(2 if device.type == "cuda" else 1):
-            train_step(compiled_model, optimizer, itertools.repeat((x, y, 1)), min(2, rows // batch_size))
-        model.eval()
+            run.step(itertools.repeat((x, y, 1)), min(2, rows // batch_size))
+        run.model.eval()
         with torch.no_grad():
-            compiled_model(x)
+            run.compiled_model(x)
 
     for batch_size in (n for n in range(min(rows, config.DEVICE_BATCH_SIZE), 0, -1) if rows % n == 0):
         try:
@@ -643,18 +650,6 @@ def compiler():
     return partial(torch.compile, dynamic=False)
 
 
-def build(config, vocab_size, T, device, attention):
-    """(model, compiled_model, optimizer) of a run on this device. Each call gives the same weights."""
-    torch.manual_seed(torch.initial_seed())  # the run's seed again, which start_run() has set
-    compiled = compiler() if device.type == "cuda" else (lambda function: function)
-    with device:
-        model = GPT(config, vocab_size, T, attention)
-    if device.type == "cuda":
-        for embedding in (model.wte, *model.value_embeds.values()):
-            embedding.bfloat16()  # half the traffic; autocast casts the other weights
-    return model, compiled(model), make_optimizer(model, config, compiled)
-
-
 def main():
     device = prepare.start_run()
     if device.type == "cuda" and not torch.version.hip:
@@ -667,22 +662,18 @@ def main():
 
     attention_name, attention, reason = pick_attention(T, window_sizes(config, T), config.HEAD_DIM, device)
     print(f"attention: {attention_name} ({reason})", flush=True)
-    build_run = partial(build, config, vocab_size, T, device, attention)
-    batch_size = warm_up(build_run, config, vocab_size, T, device)
-    model, compiled_model, optimizer = build_run()
-    num_params, flops = sum(p.numel() for p in model.parameters()), flops_per_token(model, config, T)
+    build = partial(Run, config, vocab_size, T, device, attention)
+    batch_size = warm_up(build, config, vocab_size, T, device)
+    run = build()
+    num_params, flops = sum(p.numel() for p in run.model.parameters()), flops_per_token(run.model, config, T)
     size = f"{num_params / 1e6:.1f} M parameters, {flops / 1e6:.1f} MFLOPs per token"
     print(f"model: depth {config.DEPTH}, width {config.n_embd}, {size}")
     print(f"batch: {config.TOTAL_BATCH_SIZE:,} tokens per step, {batch_size} rows of {T} per micro-batch", flush=True)
-    peak_rate = peak_flops(device) / flops  # tokens per second at the GPU's peak
-    if device.type == "cuda" and math.isnan(peak_rate):
-        print(f"MFU: nan, as PEAK_TFLOPS has no line for {prepare.device_name()}")
 
+    peak_rate = peak_flops(device) / flops  # tokens per second at the GPU's peak
     loader = make_dataloader(tokenizer, batch_size, T, "train")
-    grad_accum_steps = config.TOTAL_BATCH_SIZE // (batch_size * T)
-    num_steps = train(compiled_model, optimizer, loader, config, grad_accum_steps, peak_rate)
-    val_bpb = evaluate_bpb(compiled_model, tokenizer, batch_size)
-    total_tokens = num_steps * config.TOTAL_BATCH_SIZE
+    num_steps, total_tokens = train(run, loader, config.TOTAL_BATCH_SIZE // (batch_size * T), peak_rate)
+    val_bpb = evaluate_bpb(run.compiled_model, tokenizer, batch_size)
     prepare.report(
         val_bpb,
         mfu_percent=100 * total_tokens / clock.seconds() / peak_rate,

@@ -53,6 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RUN = """
 import json, runpy, sys, time
+began = time.monotonic()
 sys.path.insert(0, sys.argv[1])
 import prepare
 constants = prepare.load_manifest(prepare.cache_dir())["constants"]
@@ -61,7 +62,7 @@ moments, start, stop = {}, prepare.Clock.start, prepare.Clock.stop
 
 def record(name, method):
     def call(self):
-        moments.setdefault(name, prepare.process_seconds())
+        moments.setdefault(name, time.monotonic() - began)
         return method(self)
     return call
 
@@ -69,7 +70,7 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, attention, **_):
     seconds = prepare.clock.seconds()
     print("RESULT", json.dumps(dict(
         rate=total_tokens / seconds, mfu=mfu_percent, memory=prepare.peak_memory_mb(), steps=num_steps,
-        before=moments["start"], after=prepare.process_seconds() - moments["stop"], val_bpb=val_bpb,
+        before=moments["start"], after=time.monotonic() - began - moments["stop"], val_bpb=val_bpb,
         attention=attention, device=prepare.device_name(),
     )))
 

@@ -93,6 +93,8 @@ def test_pick_attention():
 # Whole runs: the real model, loader, clock and evaluation, small
 
 WATCHED_RUN = """
+import time
+began = time.monotonic()
 import json, sys, torch
 from torch._dynamo.utils import counters
 import prepare, train
@@ -111,7 +113,7 @@ def report(val_bpb, **values):
         "graphs": counters["stats"]["unique_graphs"],
         "compiled": counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"],
         "expandable": all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()),
-        "seconds_outside": prepare.process_seconds() - prepare.clock.seconds(),
+        "seconds_outside": time.monotonic() - began - prepare.clock.seconds(),
         "uuid": str(torch.cuda.get_device_properties(0).uuid),
     }))
 
@@ -176,11 +178,11 @@ def test_the_warm_up_leaves_no_trace():
 
     def build():
         assert not any(model() for model in models), "the model of the warm-up is still in memory"
-        parts = train.build(config, 8192, 2048, CUDA, train.sdpa_attention)
-        models.append(weakref.ref(parts[0]))
-        states.append([p.detach().cpu() for p in parts[0].parameters()])
+        run = train.Run(config, 8192, 2048, CUDA, train.sdpa_attention)
+        models.append(weakref.ref(run.model))
+        states.append([p.detach().cpu() for p in run.model.parameters()])
         states[-1] += [torch.get_rng_state(), torch.cuda.get_rng_state()]
-        return parts
+        return run
 
     torch.manual_seed(3)
     assert train.warm_up(build, config, 8192, 2048, CUDA) == 4
@@ -195,13 +197,13 @@ limit, T, V, config = float(sys.argv[1]) * 2**30, 2048, 8192, train.FULL
 device = torch.device("cuda")
 torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
 _, attention, _ = train.pick_attention(T, train.window_sizes(config, T), config.HEAD_DIM, device)
-build = partial(train.build, config, V, T, device, attention)
+build = partial(train.Run, config, V, T, device, attention)
 batch_size = train.warm_up(build, config, V, T, device)
-_, compiled_model, optimizer = build()
+run = build()
 
 x = torch.randint(V, (batch_size, T), device=device)
 loader, steps = itertools.repeat((x, x.clone(), 1)), config.TOTAL_BATCH_SIZE // (batch_size * T)
-losses = [train.train_step(compiled_model, optimizer, loader, steps).item() for _ in range(2)]
+losses = [run.step(loader, steps).item() for _ in range(2)]
 peak = torch.cuda.max_memory_reserved() / 2**30
 print(json.dumps(dict(batch_size=batch_size, tokens=batch_size * T * steps, peak=peak, losses=losses)))
 """
@@ -229,7 +231,7 @@ def test_the_full_model_fits_into(gigabytes):
 
 def test_the_residual_stream_has_16_bits():
     config = replace(train.FULL, DEPTH=2)
-    model, _, _ = train.build(config, 32, 8, CUDA, train.sdpa_attention)
+    model = train.Run(config, 32, 8, CUDA, train.sdpa_attention).model
     types = []
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: types.append((inputs[0].dtype, output.dtype)))

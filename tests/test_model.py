@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import run_python
+from conftest import run_python, train_step
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -351,7 +351,7 @@ def test_model_overfits_one_batch():
     optimizer = train.make_optimizer(model, TINY)
     for step in range(60):
         train.set_schedules(optimizer, TINY, step / 60, step)
-        loss = train.train_step(model, optimizer, itertools.repeat((x, x.roll(-1, 1), 1)), 1)
+        loss = train_step(model, optimizer, itertools.repeat((x, x.roll(-1, 1), 1)), 1)
     assert loss.item() < 0.05  # nats, from ln 64 = 4.2; 48 targets in 44,000 parameters
 
 
@@ -408,7 +408,7 @@ def test_a_new_matrix_needs_no_other_edit(monkeypatch):
     train.set_schedules(optimizer, TINY, 0.0, 0)
     before = [block.mlp.c_gate.weight.clone() for block in model.blocks]
     for _ in range(2):  # behind a c_proj of zeros it has no gradient in the first step
-        train.train_step(model, optimizer, itertools.repeat((x, x.roll(-1, 1), 1)), 1)
+        train_step(model, optimizer, itertools.repeat((x, x.roll(-1, 1), 1)), 1)
     for block, start in zip(model.blocks, before):
         assert start.isfinite().all() and start.std() > 0.1 and not torch.equal(block.mlp.c_gate.weight, start)
     assert train.flops_per_token(model, TINY, T) - plain == 4 * 6 * (4 * 32 * 32)

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import run_python, train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -35,7 +35,7 @@ def garbage_collector():
 
 def build(config=TINY, seed=0):
     torch.manual_seed(seed)
-    return train.build(config, V, T, CPU, train.sdpa_attention)
+    return train.Run(config, V, T, CPU, train.sdpa_attention)
 
 
 def random_batches(rows):
@@ -67,16 +67,18 @@ def losses(monkeypatch, seed=0, steps=12, warm_up=False, change=lambda n, loss: 
     torch.manual_seed(seed)
     if warm_up:
         train.warm_up(partial(build, seed=seed), TINY, V, T, CPU)
-    _, compiled_model, optimizer = build(seed=seed)
-    seen = []
+    run, seen = build(seed=seed), []
+    model = run.compiled_model
 
     def forward(x, y):
-        loss = compiled_model(x, y)
+        loss = model(x, y)
         seen.append(loss.item())
         return change(len(seen), loss)
 
+    run.compiled_model = forward
+
     monkeypatch.setattr(train, "clock", StepClock(steps))
-    assert train.train(forward, optimizer, random_batches(2), TINY, 2, math.nan) == steps
+    assert train.train(run, random_batches(2), 2, math.nan) == (steps, steps * TINY.TOTAL_BATCH_SIZE)
     assert len(seen) == 2 * steps and gc.isenabled()
     return seen
 
@@ -95,10 +97,10 @@ def test_every_build_is_the_same_and_only_the_last_one_stays_in_memory():
 
     def watched_build():
         assert not any(model() for model in models), "the model of an earlier attempt is still in memory"
-        parts = train.build(TINY, V, T, CPU, train.sdpa_attention)
-        models.append(weakref.ref(parts[0]))
-        states.append([*(p.detach().clone() for p in parts[0].parameters()), torch.get_rng_state()])
-        return parts
+        run = train.Run(TINY, V, T, CPU, train.sdpa_attention)
+        models.append(weakref.ref(run.model))
+        states.append([*(p.detach().clone() for p in run.model.parameters()), torch.get_rng_state()])
+        return run
 
     torch.manual_seed(3)
     train.warm_up(watched_build, TINY, V, T, CPU)
@@ -118,14 +120,16 @@ def build_with_memory_for(rows, error=torch.cuda.OutOfMemoryError("as the alloca
     """`build` as on a GPU whose memory holds that many rows."""
 
     def build_it():
-        model, compiled_model, optimizer = build()
+        run = build()
+        model = run.compiled_model
 
         def forward(x, y=None):
             if len(x) > rows:
                 raise error
-            return compiled_model(x, y)
+            return model(x, y)
 
-        return model, forward, optimizer
+        run.compiled_model = forward
+        return run
 
     return build_it
 
@@ -175,14 +179,14 @@ def test_four_micro_batches_equal_one_batch():
     y = x.roll(-1, 1)
     after = []
     for grad_accum_steps in (1, 4):
-        model, _, _ = build()
+        model = build().model
         for p in model.parameters():
             p.data.normal_(0, 0.3)
         start = [p.detach().clone() for p in model.parameters()]
         # Plain descent: its step is the gradient. Adam's first step is only the sign, Muon's the orthogonal factor
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         loader = zip(x.chunk(grad_accum_steps), y.chunk(grad_accum_steps), itertools.count())
-        loss = train.train_step(model, optimizer, loader, grad_accum_steps)
+        loss = train_step(model, optimizer, loader, grad_accum_steps)
         assert all(p.grad is None for p in model.parameters())
         after.append((loss, [p - before for p, before in zip(model.parameters(), start)]))
     (loss, steps), (loss_of_four, steps_of_four) = after
@@ -257,7 +261,7 @@ def learning_curve(config, V, T, steps, device, embeddings=torch.float32, contex
 
     for step in range(steps):
         train.set_schedules(optimizer, config, step / steps, step)
-        curve.append(train.train_step(forward, optimizer, loader, 1).item())
+        curve.append(train_step(forward, optimizer, loader, 1).item())
     return curve
 
 
@@ -311,22 +315,22 @@ def test_a_run_uses_neither_float64_nor_pinned_memory():
     with LikeMPS() as mode:
         parts = partial(build, config)
         train.warm_up(parts, config, V, T, CPU)
-        _, compiled_model, optimizer = parts()
+        run = parts()
         for step in range(3):
-            train.set_schedules(optimizer, config, step / 3, step)
-            train.train_step(compiled_model, optimizer, random_batches(2), 2)
-        compiled_model(torch.zeros(2, T, dtype=torch.long))
+            train.set_schedules(run.optimizer, config, step / 3, step)
+            run.step(random_batches(2), 2)
+        run.compiled_model(torch.zeros(2, T, dtype=torch.long))
     assert mode.calls > 1000
 
 
 def test_a_step_mixes_no_devices():
     """On the device "meta", where an operation with a CPU tensor is an error, as on MPS."""
-    model = build()[0].to("meta")
+    model = build().model.to("meta")
     optimizer = train.make_optimizer(model, TINY)
     train.set_schedules(optimizer, TINY, 0.5, 1)
     x = torch.zeros(2, T, dtype=torch.long, device="meta")
     for _ in range(2):
-        assert train.train_step(model, optimizer, itertools.repeat((x, x, 1)), 2).device.type == "meta"
+        assert train_step(model, optimizer, itertools.repeat((x, x, 1)), 2).device.type == "meta"
     with pytest.raises(RuntimeError, match="meta"):
         model(x.cpu())
 
@@ -414,20 +418,17 @@ def test_nothing_is_compiled_after_the_warm_up(cache):
     config = replace(TINY, DEPTH=3, TOTAL_BATCH_SIZE=8 * T, DEVICE_BATCH_SIZE=4)
     compiled = partial(torch.compile, backend="eager", dynamic=False)
 
-    def build():
-        model = train.GPT(config, V, T, train.sdpa_attention)
-        return model, compiled(model), train.make_optimizer(model, config, compiled)
-
+    build = partial(train.Run, config, V, T, CPU, train.sdpa_attention, compiled)
     batch_size = train.warm_up(build, config, V, T, CPU)
     before = dict(counters["stats"]), dict(counters["frames"])
     assert before[0]["unique_graphs"] > 3  # model for training and for evaluation, Muon, AdamW
-    _, compiled_model, optimizer = build()
+    run = build()
     loader = prepare.make_dataloader(tokenizer, batch_size, T, "train")
     for step in range(3):
-        train.set_schedules(optimizer, config, step / 3, step)
-        train.train_step(compiled_model, optimizer, loader, 2)
-    prepare.evaluate_bpb(compiled_model, tokenizer, batch_size)
-    train.train_step(compiled_model, optimizer, loader, 2)
+        train.set_schedules(run.optimizer, config, step / 3, step)
+        run.step(loader, 2)
+    prepare.evaluate_bpb(run.compiled_model, tokenizer, batch_size)
+    run.step(loader, 2)
     assert (dict(counters["stats"]), dict(counters["frames"])) == before
     assert not counters["graph_break"]
 
