@@ -3,6 +3,7 @@
     uv run prepare.py                     download climbmix, train the tokenizer, tokenize (once per machine)
     uv run prepare.py --corpus source     the same from the Python source on this machine, without a download
     uv run prepare.py --corpus DIR        the same from your own .parquet, .jsonl or .txt files
+    uv run prepare.py decide|record       after a run of a night: is it kept? Then its row in results.tsv (program.md)
 
 The data goes one way: corpus files → BPE ranks → token files + manifest → packed batches → bits per byte.
 Nobody edits this file during research: its bytes are part of the fingerprint under which numbers compare.
@@ -13,27 +14,28 @@ import argparse
 import base64
 import contextlib
 import faulthandler
+import fcntl
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import platform
 import random
 import re
+import resource
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import sysconfig
 import time
 from array import array
 from bisect import bisect_left, insort
-from collections import deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
-from itertools import chain, islice, pairwise, takewhile
+from itertools import groupby, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -46,22 +48,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows has neither. There, don't start two prepare.py at once.
-    fcntl = resource = None
-
 IMPORTED_AT = time.monotonic()
 
 # -----------------------------------------------------------------------------
 # Constants
 
-LAYOUT = 2  # version of the cache's layout; a cache of another version is refused
-
-SCALES = {  # what `--scale` stands for; each value has an option that overrides it
-    "full": dict(time_budget=300, seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288),
-    "laptop": dict(time_budget=60, seq_len=256, vocab_size=2048, eval_tokens=2**18),
+OPTIONS = {  # option of the command line: (lowest, highest, default at full scale, at laptop scale, meaning)
+    "time_budget": (1, 7 * 24 * 3600, 300, 60, "seconds a run trains"),
+    "seq_len": (1, 2**20, 2048, 256, "tokens a row"),
+    "vocab_size": (260, 65_536, 8192, 2048, "tokens in the vocabulary"),
+    "eval_tokens": (1, 2**40, 40 * 524_288, 2**18, "validation tokens scored"),
+    "num_shards": (-1, 6542, 10, 10, "training shards of climbmix, 100 MB each, or -1 for all"),
+    "download_workers": (1, 64, 8, 8, "shards fetched at a time"),
 }
 
 # GPT-4's pattern, but with at most two digits a token: numbers must not fill a small vocabulary.
@@ -82,8 +80,7 @@ CAUSALITY_ROWS = 64  # validation rows on which causality is checked, each at a 
 CAUSALITY_ROWS_PER_BATCH = 16  # at most: their logits are kept for the comparison
 CAUSALITY_TOLERANCE = 1e-3  # logits; a smaller leak is worth less than the noise of a seed
 ROWS_PER_LOSS = 8  # rows of logits that are scored in one call: fewer take more calls, more take more memory
-START_GRACE = 300  # seconds beyond the budget that a run has until its first batch, before the watchdog ends it
-END_GRACE = 240  # seconds beyond the budget that a run has from its first batch on
+GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before the watchdog ends it
 
 
 class PrepareError(Exception):
@@ -144,8 +141,7 @@ def cache_lock(cache):
     """Lets one prepare.py at a time work in a cache. The lock ends with its process, also after kill -9."""
     with open(cache / ".lock", "w") as f:
         try:
-            if fcntl:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print("another prepare.py is at work in this cache: waiting for it to end", flush=True)
             fcntl.flock(f, fcntl.LOCK_EX)
@@ -156,45 +152,32 @@ def cache_lock(cache):
 
 @cache
 def load_manifest(cache):
-    """What is in force in the cache folder: constants, files with their checksums, the command that made it.
-
-    Raises PrepareError if the manifest is missing, damaged or of another layout.
-    """
+    """What is in force in the cache folder: constants, files with their checksums, the command that made it."""
     path = cache / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        layout, command = manifest["layout"], manifest["command"]
-        intact = layout != LAYOUT or manifest.pop("checksum") == cache_key(manifest)
-    except OSError as error:
+    if not path.exists():
         hint = "run `uv run prepare.py` (without GPU or download: --corpus source)"
-        raise PrepareError(f"nothing is prepared in {cache} ({error.strerror}): {hint}") from None
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise PrepareError(f"{path} is damaged: run `uv run prepare.py` again, with the options you used before")
-    if layout != LAYOUT:
-        raise PrepareError(f"{cache} has layout {layout}, this prepare.py needs {LAYOUT}: run `{command}`")
-    return manifest
-
-
-def file_problem(path, expected):
-    """None if the file has the expected checksum, else "missing", "damaged" or why it can't be read."""
-    try:
-        return None if checksum(path) == expected else "damaged"
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        return f"not readable ({error.strerror})"
+        raise PrepareError(f"nothing is prepared in {cache}: {hint}")
+    with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
+        manifest = json.loads(path.read_bytes())
+        if manifest.pop("checksum") == cache_key(manifest):
+            return manifest
+    raise PrepareError(f"{path} is damaged or of another version: run `uv run prepare.py` with the options used before")
 
 
 @cache
 def open_cache(cache):
     """The manifest, after a check of every file that it names. Raises PrepareError for a missing or damaged file."""
     manifest = load_manifest(cache)
-    for entry in manifest["files"].values():
-        if problem := file_problem(cache / entry["name"], entry["checksum"]):
-            raise PrepareError(f"{cache / entry['name']} is {problem}: run `{manifest['command']}` to make it again")
+    for name, expected in manifest["files"].values():
+        if not (cache / name).exists() or checksum(cache / name) != expected:
+            raise PrepareError(f"{cache / name} is missing or damaged: `{manifest['command']}` makes it again")
     return manifest
+
+
+def forget_cache():
+    """Read everything anew at the next call, since the cache has changed."""
+    for function in (load_manifest, open_cache, load_tokenizer, map_tokens):
+        function.cache_clear()
 
 
 def constants():
@@ -215,99 +198,61 @@ def fingerprint():
     Two values of val_bpb compare only if it is the same.
     """
     manifest = open_cache(cache_dir())
-    code = Path(__file__).read_bytes().replace(b"\r\n", b"\n")  # a Windows checkout is the same harness
-    files = [manifest["files"][kind]["checksum"] for kind in ("tokenizer", "val_tokens", "val_offsets")]
-    return cache_key(hashlib.sha256(code).hexdigest(), manifest["constants"], files)
+    files = [manifest["files"][kind] for kind in ("tokenizer", "val_tokens", "val_offsets")]
+    return cache_key(checksum(__file__), manifest["constants"], [expected for _name, expected in files])
 
 
 # -----------------------------------------------------------------------------
-# Corpus: which files, and the documents in them
+# Corpus: (training files, validation files, what they are in a phrase), in reading order; and the documents in them
 
 
-class BadFile(Exception):
-    """A file of the corpus can't be used. The message names the file and says why."""
+def identity(paths):
+    """Hex key of these files. Another name, size or modification time gives another key."""
+    stats = ((path, path.stat()) for path in paths)
+    return cache_key(*(f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}" for path, stat in stats))
 
 
-@dataclass
-class Corpus:
-    """Training and validation files in reading order. `note` says in a phrase what they are."""
-
-    train: list
-    val: list
-    note: str
-
-    def identity(self, split):
-        """Hex key of a split's files. Another name, size or modification time gives another key."""
-        stats = ((path, path.stat()) for path in getattr(self, split))
-        return cache_key(*(f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}" for path, stat in stats))
-
-    def documents(self, split):
-        """Yields the non-empty documents (str) of a split. Raises PrepareError at the end that names the bad files."""
-        problems = []
-        for path in tqdm(getattr(self, split), desc=f"reading {split}", unit="file", leave=False, disable=None):
-            try:
-                yield from (text for text in read_documents(path) if text.strip())
-            except BadFile as error:
-                problems.append(str(error))
-        if problems:
-            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise PrepareError(f"{'; '.join(problems[:5])}{more}: fix or remove, then run again", 2)
-
-
-def read_documents(path):
-    """Yields the documents (str) of one file. Raises BadFile."""
-    try:
-        yield from {".parquet": read_parquet, ".jsonl": read_jsonl}.get(path.suffix, read_text)(path)
-    except UnicodeDecodeError as error:
-        raise BadFile(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (OSError, pa.ArrowException) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadFile(f"{path} can't be read ({reason})") from error
+def read_documents(paths):
+    """Yields the non-empty documents (str) of these files. Raises PrepareError for a file that can't be used."""
+    readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_text, ".py": read_text}
+    for path in tqdm(paths, desc="reading", unit="file", leave=False, disable=None):
+        try:
+            yield from (text for text in readers[path.suffix](path) if text.strip())
+        except (OSError, ValueError, AttributeError, KeyError, pa.ArrowException) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise PrepareError(f"{path} can't be used ({reason}): fix or remove it, then run again", 2) from error
 
 
 def read_parquet(path):
     with pq.ParquetFile(path) as file:
-        if "text" not in file.schema_arrow.names:
-            raise BadFile(f"{path} has no column `text` (it has: {', '.join(file.schema_arrow.names)})")
-        kind = file.schema_arrow.field("text").type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise BadFile(f"{path}: its column `text` holds {kind}, not strings")
-        for batch in file.iter_batches(columns=["text"], batch_size=256):
-            yield from (text or "" for text in batch.column(0).to_pylist())
+        for batch in file.iter_batches(batch_size=256):
+            yield from (text or "" for text in batch.column("text").to_pylist())
 
 
 def read_jsonl(path):
     with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             try:
-                text = json.loads(line)["text"]
+                text = json.loads(line)["text"] if line.strip() else ""
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
-                raise BadFile(f'{path} line {number} is not a JSON object with a string under "text"')
+                raise ValueError(f'line {number} is not a JSON object with a string under "text"')
             yield text
 
 
 def read_text(path):
-    """Cuts a file's text into documents of about DOCUMENT_CHARS, at a blank line, else at a line, else anywhere.
+    """Cuts a file's text into documents of about DOCUMENT_CHARS, at the end of a line where there is one.
 
     A row takes a document whole or its beginning. Without cuts only a book's first page would be seen.
     """
     # Installed packages have files in other encodings, and the user cannot change them.
-    text, start = path.read_text(encoding="utf-8-sig", errors="replace" if path.suffix == ".py" else "strict"), 0
-    while len(text) - start > 1.5 * DOCUMENT_CHARS:
-        window = start + DOCUMENT_CHARS // 2, start + DOCUMENT_CHARS
-        found = [at for mark in ("\n\n", "\n") if (at := text.rfind(mark, *window)) >= 0]
-        end = found[0] if found else window[1]
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    text = path.read_text(encoding="utf-8-sig", errors="replace" if path.suffix == ".py" else "strict")
+    yield from re.findall(rf"(?s).{{1,{DOCUMENT_CHARS - 1}}}(?:\n|\Z)|.{{{DOCUMENT_CHARS}}}", text)
 
 
 def hash_order(name):
-    return hashlib.sha256(name.encode()).digest()
+    return hashlib.sha256(str(name).encode()).digest()
 
 
 def source_corpus():
@@ -316,28 +261,25 @@ def source_corpus():
     Whole packages are taken for validation, in the order of a hash of their name, up to 5 % of the bytes. Files come
     in the order of a hash too, so that a short run sees something of every package.
     """
-    packages = {}  # name -> [(path below its root, path, size)]
+    sizes, files = defaultdict(int), {}  # bytes of each package; relative path -> (package, path)
     for root in dict.fromkeys(Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")):
         for path in root.rglob("*.py"):
-            parts = path.relative_to(root).parts
+            name = path.relative_to(root)
             # site-packages may lie inside the standard library's folder, but is a root of its own
-            if path.is_file() and not {"site-packages", "dist-packages"} & set(parts):
-                files = packages.setdefault(parts[0].removesuffix(".py"), [])
-                files.append(("/".join(parts), path, path.stat().st_size))
-    sizes = {name: sum(size for _, _, size in files) for name, files in packages.items()}
+            if path.is_file() and not {"site-packages", "dist-packages"} & set(name.parts):
+                package = name.parts[0].removesuffix(".py")
+                files[name] = package, path
+                sizes[package] += path.stat().st_size
     room, val_names = SOURCE_VAL_SHARE * sum(sizes.values()), set()
-    for name in sorted(packages, key=hash_order):
-        if 0 < sizes[name] <= room:
-            val_names.add(name)
-            room -= sizes[name]
-
-    def in_order(names):
-        files = chain.from_iterable(packages[name] for name in names)
-        return [path for below, path, _ in sorted(files, key=lambda file: hash_order(file[0]))]
-
-    train, val = in_order(set(packages) - val_names), in_order(val_names)
-    note = f"Python source: {len(train):,} files of {len(packages) - len(val_names):,} packages to train on"
-    return Corpus(train, val, f"{note}, {len(val):,} files of {len(val_names):,} other packages to validate on")
+    for package in sorted(sizes, key=hash_order):
+        if 0 < sizes[package] <= room:
+            val_names.add(package)
+            room -= sizes[package]
+    train, val = [], []
+    for name in sorted(files, key=hash_order):
+        package, path = files[name]
+        (val if package in val_names else train).append(path)
+    return train, val, f"Python source: {len(train):,} files, validation {len(val):,} files of other packages"
 
 
 def folder_corpus(folder):
@@ -345,12 +287,11 @@ def folder_corpus(folder):
     if not folder.is_dir():
         raise PrepareError(f"--corpus {folder}: no such folder (known names: climbmix, source)", 2)
     kinds = (".parquet", ".jsonl", ".txt")
-    files = [path for path in folder.rglob("*") if path.suffix in kinds and path.is_file()]
-    files.sort(key=lambda path: path.relative_to(folder).as_posix())
+    files = sorted(path for path in folder.rglob("*") if path.suffix in kinds and path.is_file())
     if len(files) < 2:
         text = f"--corpus {folder} holds {len(files)} file(s) of {', '.join(kinds)}; it needs two or more"
         raise PrepareError(f"{text}, the last in name order is validation: split your text into several files", 2)
-    return Corpus(files[:-1], files[-1:], f"{folder}: {len(files) - 1} training file(s), validation {files[-1].name}")
+    return files[:-1], files[-1:], f"{folder}: {len(files) - 1} training file(s), validation {files[-1].name}"
 
 
 def climbmix_corpus(folder, num_shards, workers):
@@ -359,27 +300,17 @@ def climbmix_corpus(folder, num_shards, workers):
     names = [f"shard_{i:05d}.parquet" for i in range(count)] + [VAL_SHARD]
     download_shards(names, folder, workers)
     paths = [folder / name for name in names]
-    return Corpus(paths[:-1], paths[-1:], f"climbmix: {count:,} training shard(s), validation {VAL_SHARD}")
+    return paths[:-1], paths[-1:], f"climbmix: {count:,} training shard(s), validation {VAL_SHARD}"
 
 
 # -----------------------------------------------------------------------------
-# Download: huggingface_hub fetches; this section knows what is missing and accepts nothing that it has not verified
-#
-#   <name>           a verified shard
-#   incoming/        what is being fetched; emptied at the next start
-#   verified.jsonl   [name, bytes, mtime in ns, sha256] of what was verified, so that no start hashes it again
+# Download. A shard appears under its name when its sha256 has been verified, so a shard that is there is a good one
 
 REPO = "karpathy/climbmix-400b-shuffle"
 LAST_SHARD = 6542
 VAL_SHARD = f"shard_{LAST_SHARD:05d}.parquet"  # pinned: never trained on
-SHARD_BYTES = 100_000_000  # about, until the hub has said it
 HUB_TIMEOUT = 5  # seconds until a hub that does not answer counts as unreachable
-RETRY_PAUSES = (1, 5, 25)  # seconds before the second, third and fourth attempt at a shard
-FINAL = {  # HTTP statuses that another attempt does not change
-    401: ": a token is needed, or HF_TOKEN is not valid",
-    403: ": this token or this address is refused",
-    404: ": it is not there; is HF_ENDPOINT a full mirror?",
-}
+RETRY_PAUSES = (1, 5, 25)  # seconds before the second, third and fourth attempt
 
 
 def require_hub():
@@ -389,148 +320,68 @@ def require_hub():
     """
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     try:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise requests.ConnectionError("HF_HUB_OFFLINE is set")
         requests.head(endpoint, timeout=HUB_TIMEOUT)
     except requests.RequestException as error:
-        raise PrepareError(
-            f"cannot reach {endpoint} ({failure_reason(error)[0]}): check network, proxy (HTTPS_PROXY) and mirror "
-            "(HF_ENDPOINT); `--corpus source` needs no network"
-        ) from error
+        hint = "check network, proxy (HTTPS_PROXY) and mirror (HF_ENDPOINT); `--corpus source` needs no network"
+        raise PrepareError(f"cannot reach {endpoint} ({failure_reason(error)}): {hint}") from error
     return endpoint
 
 
 def failure_reason(error):
-    """(why a request failed, HTTP status or None). A short line, without the signed URLs of the libraries' messages."""
+    """Why a request failed, in a short line without the signed URLs of the libraries' messages."""
     while (response := getattr(error, "response", None)) is None and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__
     if response is not None:
-        return f"HTTP {response.status_code}{FINAL.get(response.status_code, '')}", response.status_code
-    text = (str(error) or type(error).__name__).splitlines()[0]
-    return re.sub(r"https?://\S+| \(\(…\)\S+", "", text)[:200], None
+        return f"HTTP {response.status_code}"
+    return re.sub(r"https?://\S+| \(\(…\)\S+", "", str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def read_verified(folder):
-    """{name: [bytes, mtime in ns, sha256]} of the shards that were verified. Damaged lines are skipped."""
-    records = {}
-    with contextlib.suppress(FileNotFoundError):
-        for line in (folder / "verified.jsonl").read_bytes().splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                name, *records[name] = json.loads(line)
-    return records
+def fetch_shard(path, endpoint):
+    """One attempt to have the verified shard under `path`. Raises errors of many kinds."""
+    from huggingface_hub import hf_hub_download
 
-
-def add_verified(path, sha256):
-    record = [path.name, path.stat().st_size, path.stat().st_mtime_ns, sha256]
-    with open(path.parent / "verified.jsonl", "a") as f:
-        f.write(f"\n{json.dumps(record)}\n")  # on a line of its own, even after one that a kill cut off
-
-
-def is_verified(path, records):
-    """Whether the shard is what was verified. It is hashed only if its time has changed, as in a copied cache."""
-    size, mtime, sha256 = records.get(path.name, (None, None, None))
-    if not path.is_file() or path.stat().st_size != size:
-        return False
-    if path.stat().st_mtime_ns != mtime:
-        if checksum(path) != sha256:
-            return False
-        add_verified(path, sha256)
-    return True
-
-
-def fetch_shard(path, endpoint, sizes):
-    """One attempt to have the verified shard under `path`. Notes its size in `sizes`. Raises errors of many kinds."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    url = hf_hub_url(REPO, path.name, repo_type="dataset", endpoint=endpoint)
-    remote = get_hf_file_metadata(url, endpoint=endpoint, retry_on_errors=True)
-    if not remote.size or not re.fullmatch("[0-9a-f]{64}", remote.etag or ""):
-        raise ValueError("the server names no length and sha256 for it; is HF_ENDPOINT a full mirror?")
-    sizes[path.name] = remote.size
-    if path.exists() and checksum(path) != remote.etag:
-        tqdm.write(f"{path.name}: the file here is not the hub's; fetching it again", file=sys.stderr)
-        path.unlink()
-    if not path.exists():
-        incoming = path.parent / "incoming"
-        fetched = hf_hub_download(REPO, path.name, repo_type="dataset", endpoint=endpoint, local_dir=incoming)
-        if checksum(fetched) != remote.etag:  # over plain HTTP the library compares lengths only
-            os.unlink(fetched)
-            raise ValueError("its sha256 is not the one that the hub names; a bad mirror or proxy?")
-        with open(fetched, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(fetched, path)
-    add_verified(path, remote.etag)
+    # In its own cache the library names each blob by the sha256 that the hub announces. It compares only the lengths.
+    options = dict(repo_type="dataset", endpoint=endpoint, cache_dir=path.parent / "incoming")
+    blob = Path(hf_hub_download(REPO, path.name, **options)).resolve()
+    if checksum(blob) != blob.name:
+        blob.unlink()
+        raise ValueError("its sha256 is not the one that the hub names; a bad mirror or proxy?")
+    with open(blob, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(blob, path)
 
 
 def download_shards(names, folder, workers):
-    """Make sure that every shard of `names` is in `folder` and verified. Raises PrepareError that says why not.
-
-    What was verified before costs no request and no hash. What was fetched stays, whatever happens.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    incoming, records = folder / "incoming", read_verified(folder)
-    shutil.rmtree(incoming, ignore_errors=True)
-    missing = [name for name in names if not is_verified(folder / name, records)]
-    if not missing:
-        return
-    # The token files take about as much as all shards.
-    needed = SHARD_BYTES * (len(names) + sum(not (folder / name).exists() for name in missing))
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise PrepareError(
-            f"{folder} has {free / 1e9:.1f} GB free, shards and token files need about {needed / 1e9:.1f} GB: free "
-            "some, ask for fewer shards (--num-shards), or use another disk (AUTORESEARCH_CACHE=/path)"
-        )
+    """Make sure that every shard of `names` is in `folder`. What is there costs no request. What was fetched stays."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
     logging.set_verbosity_error()  # its warnings have signed addresses
-    sizes, problems = {}, {}
 
     def fetch(name):
-        for pause in (*RETRY_PAUSES, None):
-            try:
-                return fetch_shard(folder / name, endpoint, sizes)
-            except Exception as error:
-                problem, status = failure_reason(error)
-            if status in FINAL or pause is None:
-                break
-            tqdm.write(f"{name}: {problem}; next attempt in {pause} s", file=sys.stderr)
-            time.sleep(pause)
-        problems[name] = problem
-        if status not in FINAL:
-            require_hub()  # ends the whole download if the network is gone
+        """None, or why this shard could not be fetched."""
+        try:
+            return fetch_shard(folder / name, endpoint)
+        except Exception as error:
+            return f"{name} ({failure_reason(error)})"
 
-    def bytes_here():
-        for path in chain(incoming.rglob("*.incomplete"), (folder / name for name in missing)):
-            with contextlib.suppress(FileNotFoundError):
-                yield path.stat().st_size
-
-    try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for pause in (*RETRY_PAUSES, 0):
+        missing = [name for name in names if not (folder / name).exists()]
+        if not missing:
+            return
         endpoint = require_hub()
-        with (
-            tqdm(desc="download", unit="B", unit_scale=True, disable=None) as bar,
-            ThreadPool(max(1, min(workers, len(missing)))) as pool,  # its threads don't survive Ctrl-C
-        ):
-            results, left = pool.imap_unordered(fetch, missing), len(missing)
-            while left:
-                with contextlib.suppress(multiprocessing.TimeoutError):
-                    results.next(0.2)
-                    left -= 1
-                bar.total, bar.n = sum(sizes.get(name, SHARD_BYTES) for name in missing), sum(bytes_here())
-                bar.refresh()
-        if problems:
-            groups = {problem: sorted(n for n in problems if problems[n] == problem) for problem in problems.values()}
-            more = {problem: f" and {len(group) - 4} more" for problem, group in groups.items() if len(group) > 4}
-            reasons = "; ".join(f"{', '.join(group[:4])}{more.get(p, '')} ({p})" for p, group in groups.items())
-            raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {reasons}")
-    except PrepareError as error:
-        records = read_verified(folder)
-        *train, val = (is_verified(folder / name, records) for name in names)
-        count = len(list(takewhile(bool, train))) if val else 0  # training shards before the first gap
-        other = f", or go on with what is here: --num-shards {count}" if count else ""
-        raise PrepareError(f"{error}. What was fetched stays. Run the same command again{other}") from error
-    finally:
-        shutil.rmtree(incoming, ignore_errors=True)
+        with ThreadPool(min(workers, len(missing))) as pool:  # its threads don't survive Ctrl-C
+            fetched = pool.imap_unordered(fetch, missing)
+            problems = sorted(filter(None, tqdm(fetched, "download", len(missing), unit="shard", disable=None)))
+        shutil.rmtree(folder / "incoming", ignore_errors=True)
+        if problems and pause:
+            print(f"{len(problems)} shards are missing, {problems[0]}: next attempt in {pause} s", flush=True)
+            time.sleep(pause)
+    if problems:
+        text = "; ".join(problems[:4]) + f" and {len(problems) - 4} more" * (len(problems) > 4)
+        hint = "What was fetched stays, run it again (HTTP 401, 403: HF_TOKEN; 404: is HF_ENDPOINT a full mirror?)"
+        raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {text}. {hint}")
 
 
 # -----------------------------------------------------------------------------
@@ -551,11 +402,9 @@ class Tokenizer:
     def __init__(self, ranks):  # ranks: list of bytes; a token's index is its id; special tokens follow
         self.ranks = ranks
         specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        mergeable_ranks = {token: rank for rank, token in enumerate(ranks)}
         self.encoding = tiktoken.Encoding(
-            "autoresearch",
-            pat_str=SPLIT_PATTERN,
-            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-            special_tokens=specials,
+            "autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=mergeable_ranks, special_tokens=specials
         )
         self.bos_token_id = specials[SPECIAL_TOKENS[0]]
 
@@ -566,8 +415,7 @@ class Tokenizer:
 
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(map(well_formed, texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
-        pairs = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-        return cls([bytes(token) for token, _ in pairs])
+        return cls([bytes(token) for token, _rank in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])])
 
     @classmethod
     def from_directory(cls, folder=None):
@@ -592,21 +440,16 @@ class Tokenizer:
 
     def encode(self, text, prepend=None, num_threads=8):
         """Ids of a str (list of int) or of a list of str (list of lists). `prepend`: an id or a special token."""
-        if prepend is not None and not isinstance(prepend, int):
+        if not isinstance(text, str):
+            return [self.encode(part, prepend) for part in text]
+        if isinstance(prepend, str):
             prepend = self.encoding.encode_single_token(prepend)
         first = [] if prepend is None else [prepend]
-        if isinstance(text, str):
-            return first + self.encode_text(text).tolist()
-        return [first + self.encode_text(part).tolist() for part in text]
-
-    def encode_text(self, text):
-        """Token ids of a str, uint32 of shape (n,)."""
-        pieces = split_long_runs(well_formed(text))
-        return np.concatenate([self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
+        return first + [i for piece in split_long_runs(text) for i in self.encoding.encode_ordinary(piece)]
 
     def encode_document(self, text):
         """Token ids of a document after a BOS, uint16 of shape (n + 1,)."""
-        return np.concatenate([[self.bos_token_id], self.encode_text(text)]).astype(np.uint16)
+        return np.array(self.encode(text, prepend=self.bos_token_id), np.uint16)
 
     def decode(self, ids):
         return self.encoding.decode(ids)
@@ -616,16 +459,12 @@ class Tokenizer:
         return np.array([len(token) for token in self.ranks] + [0] * len(SPECIAL_TOKENS))
 
 
-LONG_RUN = re.compile(r"\s{10000}|\S{10000}")
-
-
 def split_long_runs(text):
     """Cuts the text inside runs of 10,000 spaces or non-spaces: BPE's time grows with the square of a run's length."""
     start = 0
-    if len(text) >= 10_000:
-        for run in LONG_RUN.finditer(text):
-            yield text[start : run.end()]
-            start = run.end()
+    for run in re.finditer(r"\s{10000}|\S{10000}", text):
+        yield text[start : run.end()]
+        start = run.end()
     yield text[start:]
 
 
@@ -638,16 +477,15 @@ def sample_texts(documents):
     """The beginnings of the documents, TOKENIZER_CHARS characters together."""
     total = 0
     for text in documents:
-        text = text[:TOKENIZER_DOC_CHARS]
-        yield text
-        total += len(text)
+        yield text[:TOKENIZER_DOC_CHARS]
+        total += len(text[:TOKENIZER_DOC_CHARS])
         if total >= TOKENIZER_CHARS:
             return
 
 
 @cache
 def load_tokenizer(cache):
-    return Tokenizer.load(cache / open_cache(cache)["files"]["tokenizer"]["name"])
+    return Tokenizer.load(cache / open_cache(cache)["files"]["tokenizer"][0])
 
 
 def get_token_bytes(device="cpu"):
@@ -659,27 +497,20 @@ def get_token_bytes(device="cpu"):
 # Token files. Of each split: .bin has all token ids (uint16), .idx the offsets of the documents, int64 (documents + 1,)
 
 
-def write_tokens(tokenizer, corpus, split, path):
-    """Tokenize a split on all cores into `path` (.bin) and its .idx. The .bin appears last: if it is there, both are.
+def write_tokens(tokenizer, documents, path):
+    """Tokenize on all cores into `path` (.bin) and its .idx. The .bin appears last: if it is there, both are.
 
-    Raises PrepareError if the split holds no text.
+    Raises PrepareError if there is no text.
     """
-    groups, lengths = batched(corpus.documents(split), 64), array("q", [0])  # 8 bytes each: there may be millions
-
-    def encode_group(texts):
-        return [tokenizer.encode_document(text) for text in texts]
-
-    # tiktoken releases Python's lock while it works. A bounded queue: the corpus is larger than the memory.
+    lengths = array("q", [0])  # 8 bytes each: there may be millions
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those of this job
     with ThreadPoolExecutor(cores) as pool, atomic_write(path) as tokens:
-        pending = deque(pool.submit(encode_group, group) for group in islice(groups, 4 * cores))
-        while pending:
-            encoded = pending.popleft().result()
-            pending.extend(pool.submit(encode_group, group) for group in islice(groups, 1))
+        for texts in batched(documents, 256 * cores):
+            encoded = list(pool.map(tokenizer.encode_document, texts))  # tiktoken releases Python's lock
             tokens.write(np.concatenate(encoded).tobytes())
             lengths.extend(map(len, encoded))
         if len(lengths) == 1:
-            raise PrepareError(f"the {split} files hold no text, every document is empty: {corpus.note}", 2)
+            raise PrepareError("the files hold no text, every document is empty", 2)
         with atomic_write(path.with_suffix(".idx")) as offsets:
             offsets.write(np.cumsum(np.frombuffer(lengths, np.int64)).tobytes())
 
@@ -708,15 +539,9 @@ def read_tokens(split):
 @cache
 def map_tokens(cache, split):
     files = open_cache(cache)["files"]
-    tokens = np.memmap(cache / files[f"{split}_tokens"]["name"], np.uint16, "r")
-    offsets = np.memmap(cache / files[f"{split}_offsets"]["name"], np.int64, "r")
+    tokens = np.memmap(cache / files[f"{split}_tokens"][0], np.uint16, "r")
+    offsets = np.memmap(cache / files[f"{split}_offsets"][0], np.int64, "r")
     return tokens.view(np.ndarray), offsets.view(np.ndarray)  # slicing a plain array costs a tenth of a memmap's
-
-
-def forget_cache():
-    """Read everything anew at the next call, since the cache has changed."""
-    for function in (load_manifest, open_cache, load_tokenizer, map_tokens):
-        function.cache_clear()
 
 
 # -----------------------------------------------------------------------------
@@ -737,14 +562,12 @@ def get_device():
 
 
 def peak_memory_mb():
-    """Peak memory in MiB: allocated on a CUDA GPU, held by the driver for MPS, resident on a CPU. nan if unknown."""
+    """Peak memory in MiB: allocated on a CUDA GPU, held by the driver for MPS, resident on a CPU."""
     device = get_device()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**20  # it keeps what it had at the peak
-    if resource is None:
-        return math.nan
     unit = 1 if platform.system() == "Darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -768,39 +591,29 @@ def pack_rows(offsets, T, forever):
     No padding: a row that the end of the data leaves unfilled is dropped. `epoch` counts passes over the data from 1.
     """
     stream = document_stream(offsets, forever)
-    starts, buffer = {}, []  # buffer: sorted keys, length << 40 | serial number of the document
-
-    def read_one():
-        for serial, start, length in islice(stream, 1):
-            starts[serial] = start
-            insort(buffer, length << 40 | serial)
-
-    for _ in range(BUFFER_DOCS):
-        read_one()
-    documents, last = len(offsets) - 1, 0
+    buffer, documents, last = sorted(islice(stream, BUFFER_DOCS)), len(offsets) - 1, 0
     while buffer:
         row, room = [], T + 1
         while room and buffer:
-            i = bisect_left(buffer, (room + 1) << 40)  # the first that is too long
+            i = bisect_left(buffer, (room + 1,))  # the first that is too long
             if i:
-                i = bisect_left(buffer, buffer[i - 1] >> 40 << 40)  # the first of the longest that fit
-            key = buffer.pop(i)
-            serial, length = key & (1 << 40) - 1, min(key >> 40, room)
-            row.append((starts.pop(serial), length))
-            room, last = room - length, max(last, serial)
-            read_one()
+                i = bisect_left(buffer, (buffer[i - 1][0],))  # the first of the longest that fit
+            length, serial, start = buffer.pop(i)
+            row.append((start, min(length, room)))
+            room, last = max(room - length, 0), max(last, serial)
+            for document in islice(stream, 1):
+                insort(buffer, document)
         if room == 0:
             yield row, last // documents + 1
 
 
 def document_stream(offsets, forever):
-    """Yields (serial, start, length) of each document in order, once or again and again."""
+    """Yields (length, serial number, start) of each document in order, once or again and again."""
     serial = 0
     while True:
         for block in range(0, len(offsets) - 1, 4096):  # in blocks: a large index stays on disk
-            bounds = offsets[block : block + 4097].tolist()
-            for start, end in pairwise(bounds):
-                yield serial, start, end - start
+            for start, end in pairwise(offsets[block : block + 4097].tolist()):
+                yield end - start, serial, start
                 serial += 1
         if not forever:
             return
@@ -871,13 +684,10 @@ class Clock:
 
     def __init__(self):
         self.started = self.stopped = None
-        self.limit = None  # seconds that the process has from the first batch on; start_run sets it
 
     def start(self):
         if self.started is None:
             self.started = time.monotonic()
-            if self.limit is not None:
-                watchdog(self.limit)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()  # the warm-up's attempts are not the run's memory
         self.stopped = None
@@ -913,18 +723,6 @@ class Clock:
 clock = Clock()
 
 
-def watchdog(seconds):
-    """End this process after `seconds`, with exit status 1 and the stack of every thread on stderr.
-
-    Another call starts the time anew; None turns it off. It runs in a thread of C, so it also ends a process that
-    hangs in a kernel or a lock.
-    """
-    if seconds is None:
-        faulthandler.cancel_dump_traceback_later()
-    else:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-
-
 def get_seed():
     """The seed of this run: the environment's SEED, 0 by default. Raises PrepareError if it is not a whole number."""
     text = os.environ.get("SEED", "0")
@@ -933,12 +731,16 @@ def get_seed():
     return int(text)
 
 
+def git(*arguments, tree="."):
+    return subprocess.check_output(["git", "-C", str(tree), *arguments], text=True, stderr=subprocess.PIPE).strip()
+
+
 def find_commit():
     """(7 characters of the commit that has train.py as it is now, None), or (None, why there is no such commit)."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    folder = Path(__file__).parent
     try:
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
-        changed = subprocess.check_output([*git, "status", "--porcelain", "--ignored", "--", "train.py"])
+        commit = git("rev-parse", "HEAD", tree=folder)
+        changed = git("status", "--porcelain", "--ignored", "--", "train.py", tree=folder)
     except (OSError, subprocess.CalledProcessError):
         return None, "git names no commit here"
     return (None, "train.py differs from its commit") if changed else (commit[:7], None)
@@ -954,8 +756,8 @@ def start_run():
     """
     global run_commit
     device, budget = get_device(), open_cache(cache_dir())["constants"]["TIME_BUDGET"]
-    watchdog(budget + START_GRACE)
-    clock.limit = budget + END_GRACE
+    # It runs in a thread of C, so it also ends a process that hangs in a kernel or a lock; with every thread's stack
+    faulthandler.dump_traceback_later(budget + GRACE, exit=True, file=sys.__stderr__)
     for split in ("train", "val"):
         read_tokens(split)  # open from now on: another prepare.py can't take the files away
     get_token_bytes()
@@ -965,19 +767,9 @@ def start_run():
     return device
 
 
-def process_seconds():
-    """Seconds since this process began: from the kernel on Linux, elsewhere since this file was imported."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()
-        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after boot, field 22 of proc(5)
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
-    except (OSError, AttributeError, IndexError, ValueError):
-        return time.monotonic() - IMPORTED_AT
-
-
 def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, attention):
     """Print the block that every tool greps. The harness adds what it knows itself. The run is over after it."""
-    watchdog(None)
+    faulthandler.cancel_dump_traceback_later()
     memory = peak_memory_mb()
     commit, changed = run_commit
     for problem in filter(None, (changed, clock.problem())):
@@ -986,7 +778,7 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, 
     lines = {
         "val_bpb": f"{val_bpb:.6f}",
         "training_seconds": f"{clock.seconds():.1f}",
-        "total_seconds": f"{process_seconds():.1f}",
+        "total_seconds": f"{time.monotonic() - IMPORTED_AT:.1f}",
         "peak_vram_mb": f"{memory:.1f}",
         "mfu_percent": f"{mfu_percent:.2f}",
         "total_tokens_M": f"{total_tokens / 1e6:.1f}",
@@ -1133,6 +925,137 @@ def check_causality(model, x, row_ids, ref_logits, V, rng):
 
 
 # -----------------------------------------------------------------------------
+# Night: results.tsv, and the rule that says which run is kept. program.md says when to call it
+
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
+DESCRIPTION = re.compile(
+    r"(?:wave (?P<wave>\d+): )?(?:(?:baseline|(?P<check>check)), seed (?P<seed>\d+)|(?P<simpler>simpler))?"
+)
+DECIDE_WAIT = 45  # seconds that `decide` waits for runs: many agents' shells end a command after a minute
+
+
+def bars(rows):
+    """([the bar of each row], head, margin, n): what each run had to beat, and what holds for the next one.
+
+    rows: (commit, val_bpb, status, description) of one night, in order; the first commit is the baseline. Of each wave
+    (on one GPU: of each run) the best is kept if it is below
+
+        bar = head - margin · (1 - n/50)
+
+    head    the number of the last kept run; before any keep, the lowest of the baseline, on several GPUs their mean
+    margin  2/3 of the baseline's spread, on several GPUs 1.75 of its standard deviations, 2.5 from 32 GPUs on
+    n       on one GPU discards since the last keep, at most 50: a kept number is partly luck, so the bar rises again
+
+    A change whose description begins with `simpler` has the bar head + margin, and never raises head. Runs of the
+    baseline and of a check have none (nan), nor has any while the baseline has fewer than three numbers (in waves:
+    two). tests/test_decision_rule.py has the evidence for all this.
+    """
+    notes = [DESCRIPTION.match(text) for *_, text in rows]
+    ideas = [i for i, row in enumerate(rows) if row[0] != rows[0][0] and not notes[i]["check"]]
+    base = [row for row, note in zip(rows, notes) if row[0] == rows[0][0] and not note["check"]]
+    noise = [value for _, value, status, _ in base if status == "keep"]
+    K = max(Counter(note["wave"] for note in notes if note["wave"]).values(), default=1)
+    found = [math.nan] * len(rows)
+    if len(noise) < (3 if K == 1 else 2):
+        return found, math.nan, math.nan, 0
+    head, margin, n = min(noise), 2 / 3 * (max(noise) - min(noise)), 0
+    if K > 1:
+        head, margin = statistics.mean(noise), (1.75 if K < 32 else 2.5) * statistics.stdev(noise)
+    for _, wave in groupby(ideas, key=lambda i: notes[i]["wave"] or -i):
+        kept, missed = [], False
+        for i in wave:
+            _, value, status, _ = rows[i]
+            found[i] = head + margin if notes[i]["simpler"] else head - margin * (1 - n / 50)
+            kept += [(value, notes[i]["simpler"])] * (status == "keep")
+            missed |= status == "discard"
+        if kept:
+            best = min(value for value, _ in kept)
+            head, n = min(head, best) if all(simpler for _, simpler in kept) else best, 0
+        elif missed and K == 1:
+            n = min(n + 1, 50)
+    return found, head, margin, n
+
+
+def ended_runs(trees, rows):
+    """(rows of the runs that have ended and are not in `rows`, trees whose run has not ended).
+
+    A tree is the clone or a worktree. Its run.log begins with the commit and ends with `exit: …`.
+    """
+    base = rows[0][0] if rows else git("rev-parse", "HEAD")[:7]
+    kept = {base, *(commit for commit, _, _, status, _ in rows if status == "keep")}
+    done = {(commit, DESCRIPTION.match(text)["seed"] or "0") for commit, *_, text in rows}  # commit and seed
+    new, waiting = [], []
+    for tree in trees:
+        commit, path = git("rev-parse", "HEAD", tree=tree)[:7], tree / "run.log"
+        log = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else [""]
+        block = dict(re.findall(r"^(\w+): +(.+)", "\n".join(log).rpartition("\n---\n")[2], re.MULTILINE))
+        seed, valid = block.get("seed", "0"), re.match(rf"{commit}\t\d", block.get("row", ""))
+        if not log[0].startswith(commit) or not log[-1].startswith("exit: "):
+            if log[0].startswith(commit) or (commit, "0") not in done:
+                waiting.append(str(tree))
+        elif (commit, seed) not in done:
+            status, text = "discard" if valid else "crash", git("log", "-1", "--format=%s", commit)
+            if commit in kept:
+                status, text = "keep", f"{'baseline' if commit == base and int(seed) < 100 else 'check'}, seed {seed}"
+            if (commit in kept and not valid) or (commit not in kept and seed != "0"):
+                raise PrepareError(
+                    f"{path}: only an idea may crash, and its seed must be 0: find out why, run it again"
+                )
+            text += f", {block['num_steps']} steps" if valid else f": {log[-2][:100]}"
+            values = block["row"].split("\t") if valid else [commit, "0.000000", "0.0"]
+            new.append([*values, status, text.replace("\t", " ")])
+    return sorted(new, key=lambda row: float(row[1])), waiting
+
+
+def decide(what, veto=""):
+    """Wait for the runs and say what becomes of them. `record` writes their rows, then brings git in line with them.
+
+    If it is cut off, the same command goes on: how branch, tags and worktrees must be follows from the table.
+    """
+    branch = git("branch", "--show-current")  # "" on the baseline, for a check
+    if veto not in ("", "discard") or not f"{branch}autoresearch/".startswith("autoresearch/"):
+        raise PrepareError("`prepare.py decide`, `record` and `record discard` are for a branch autoresearch/…", 2)
+    table, trees = Path("results.tsv"), sorted(Path(".waves").glob("[0-9]*")) or [Path()]
+    rows = [line.split("\t", 4) for line in table.read_text(encoding="utf-8").splitlines()[1:]]
+    deadline = time.monotonic() + DECIDE_WAIT
+    while (found := ended_runs(trees, rows))[1] and time.monotonic() < deadline:
+        time.sleep(1)
+    new, waiting = found
+    if waiting:
+        raise PrepareError(f"not ended: {' '.join(waiting)}. Wait, or start again what was cut off")
+    if trees != [Path()]:
+        number = 1 + max((int(DESCRIPTION.match(row[4])["wave"] or 0) for row in rows), default=0)
+        for row in new:
+            row[4] = row[4] if row[4].startswith("check, seed") else f"wave {number}: {row[4]}"
+    facts = [(commit, float(value), status, text) for commit, value, _, status, text in rows + new]
+    limits, (_, head, margin, n) = bars(facts)[0][len(rows) :], bars(facts[: len(rows)])
+    below = f"keep below {head - margin * (1 - n / 50):.6f}, simpler code below {head + margin:.6f}"
+    print(f"head {head:.6f}, margin {margin:.6f}, {n} discards since: {below}")
+    passed = [row for row, limit in zip(new, limits) if row[3] == "discard" and float(row[1]) < limit]
+    if passed and not veto:
+        passed[0][3] = "keep"
+    print(*("\t".join(row) for row in new), sep="\n")
+    if passed[1:]:
+        print("one of the next ideas, on the new head:", *(f"tried/{row[0]}" for row in passed[1:]))
+    if any(row[3] == "discard" and math.isnan(limit) for row, limit in zip(new, limits)):
+        raise PrepareError("fewer than two runs of the baseline have a number: there is no bar")
+    if what == "record":
+        rows += new
+        with atomic_write(table) as f:
+            f.write("".join("\t".join(row) + "\n" for row in [[HEADER], *rows]).encode())
+        kept = [row[0] for row in rows if row[3] == "keep" and not row[4].startswith("check, seed")]
+        tried = {row[0] for row in rows} - set(kept)
+        for commit in tried:
+            git("tag", "--no-sign", "-f", f"tried/{commit}", commit)
+        if git("rev-parse", "HEAD")[:7] in tried:
+            git("reset", "-q", "--keep", "HEAD~1")
+        elif branch:
+            git("merge", "-q", "--ff-only", kept[-1])
+        for tree in trees:
+            git("reset", "-q", "--keep", git("rev-parse", "HEAD"), tree=tree)
+
+
+# -----------------------------------------------------------------------------
 # Preparation
 
 
@@ -1142,33 +1065,41 @@ def prepare(args):
     cache.mkdir(parents=True, exist_ok=True)
     with cache_lock(cache):
         forget_cache()  # another process may have changed it
-        before = remove_damaged(cache)
-        if args.corpus == "climbmix":
-            corpus = climbmix_corpus(cache / "data", args.num_shards, args.download_workers)
-        else:
-            corpus = source_corpus() if args.corpus == "source" else folder_corpus(Path(args.corpus))
-        show("corpus", corpus.note)
+        try:
+            before = load_manifest(cache)
+        except PrepareError:
+            before = {"files": {}}
+        checksums = dict(before["files"].values())
 
-        # A file's name has the key of what it was made from. A file that exists is complete.
-        recipe = [LAYOUT, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS, DOCUMENT_CHARS]
-        path = cache / f"tokenizer-{cache_key(corpus.identity('train'), args.vocab_size, recipe)}.bpe"
-        files, new = {"tokenizer": path}, not path.exists()
-        if new:
-            Tokenizer.train(sample_texts(corpus.documents("train")), args.vocab_size).save(path)
+        def up_to_date(path):
+            """A file's name has the key of what it was made from, and a file that exists is complete."""
+            return path.exists() and checksums.get(path.name) in (None, checksum(path))
+
+        if args.corpus == "climbmix":
+            train, val, note = climbmix_corpus(cache / "data", args.num_shards, args.download_workers)
+        else:
+            train, val, note = source_corpus() if args.corpus == "source" else folder_corpus(Path(args.corpus))
+        show("corpus", note)
+
+        recipe = [2, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS, DOCUMENT_CHARS]
+        path = cache / f"tokenizer-{cache_key(identity(train), args.vocab_size, recipe)}.bpe"
+        files, made = {"tokenizer": path}, not up_to_date(path)
+        if made:
+            Tokenizer.train(sample_texts(read_documents(train)), args.vocab_size).save(path)
         tokenizer = Tokenizer.load(path)
         vocab_size = tokenizer.get_vocab_size()
-        show("tokenizer", f"{vocab_size:,} tokens, {'made' if new else 'up to date'}")
+        show("tokenizer", f"{vocab_size:,} tokens, {'made' if made else 'up to date'}")
         if vocab_size < args.vocab_size:
             show("", f"note: the text has no more tokens to learn, {args.vocab_size:,} were asked for")
 
-        for split in ("train", "val"):
-            path = cache / f"{split}-{cache_key(corpus.identity(split), checksum(files['tokenizer']), recipe)}.bin"
+        for split, paths in (("train", train), ("val", val)):
+            path = cache / f"{split}-{cache_key(identity(paths), checksum(files['tokenizer']), recipe)}.bin"
             files[f"{split}_tokens"], files[f"{split}_offsets"] = path, path.with_suffix(".idx")
-            if new := not have_tokens(path):
-                write_tokens(tokenizer, corpus, split, path)
+            if made := not (have_tokens(path) and up_to_date(path) and up_to_date(path.with_suffix(".idx"))):
+                write_tokens(tokenizer, read_documents(paths), path)
             offsets = np.fromfile(path.with_suffix(".idx"), np.int64)
             documents = f"{offsets[-1]:,} tokens in {len(offsets) - 1:,} documents"
-            show(split, f"{documents}, {'made' if new else 'up to date'}")
+            show(split, f"{documents}, {'made' if made else 'up to date'}")
 
         wanted = args.eval_tokens // args.seq_len
         rows = sum(1 for _ in islice(pack_rows(offsets, args.seq_len, forever=False), wanted))  # offsets of val
@@ -1192,32 +1123,12 @@ def show(what, text):
     print(f"{what:<10} {text}", flush=True)
 
 
-def remove_damaged(cache):
-    """Remove files that are not what the manifest says, so that they are made again. Returns the manifest or None."""
-    try:
-        manifest = load_manifest(cache)
-    except PrepareError:
-        return None
-    for entry in manifest["files"].values():
-        if file_problem(cache / entry["name"], entry["checksum"]) == "damaged":
-            (cache / entry["name"]).unlink()
-    return manifest
-
-
 def write_manifest(cache, args, vocab_size, files):
     """Put these files, {kind: path}, in force and remove those of an earlier manifest. Returns the manifest."""
-    manifest = {
-        "layout": LAYOUT,
-        "command": args.command,
-        "constants": {
-            "SCALE": args.scale,
-            "MAX_SEQ_LEN": args.seq_len,
-            "TIME_BUDGET": args.time_budget,
-            "VOCAB_SIZE": vocab_size,
-            "EVAL_TOKENS": args.eval_tokens,
-        },
-        "files": {kind: {"name": path.name, "checksum": checksum(path)} for kind, path in files.items()},
-    }
+    names = ("SCALE", "MAX_SEQ_LEN", "TIME_BUDGET", "VOCAB_SIZE", "EVAL_TOKENS")
+    values = (args.scale, args.seq_len, args.time_budget, vocab_size, args.eval_tokens)
+    manifest = {"command": args.command, "constants": dict(zip(names, values))}
+    manifest["files"] = {kind: [path.name, checksum(path)] for kind, path in files.items()}
     text = json.dumps({**manifest, "checksum": cache_key(manifest)}, indent=1).encode()
     path = cache / "manifest.json"
     if not path.exists() or path.read_bytes() != text:
@@ -1225,7 +1136,7 @@ def write_manifest(cache, args, vocab_size, files):
             f.write(text)
     forget_cache()
     in_force = {path.name for path in files.values()}
-    for pattern in ("tokenizer-*", "train-*", "val-*", "*.tmp-*", "unfinished.json"):  # the last is of layout 1
+    for pattern in ("tokenizer-*", "train-*", "val-*", "*.tmp-*"):
         for path in cache.glob(pattern):
             if path.name not in in_force:
                 path.unlink()
@@ -1234,15 +1145,6 @@ def write_manifest(cache, args, vocab_size, files):
 
 # -----------------------------------------------------------------------------
 # Command line
-
-NUMBERS = {  # option: (lowest, highest, default or None for the scale's, metavar, meaning)
-    "time_budget": (1, 7 * 24 * 3600, None, "S", "seconds a run trains"),
-    "seq_len": (1, 2**20, None, "N", "tokens a row"),
-    "vocab_size": (260, 65_536, None, "N", "tokens in the vocabulary"),
-    "eval_tokens": (1, 2**40, None, "N", "validation tokens scored"),
-    "num_shards": (-1, LAST_SHARD, 10, "N", "training shards of climbmix, 100 MB each, or -1 for all"),
-    "download_workers": (1, 64, 8, "N", "shards fetched at a time"),
-}
 
 
 def parse_arguments(argv):
@@ -1253,41 +1155,47 @@ def parse_arguments(argv):
         "this is run again. A second run with the same options does nothing.",
         epilog=f"Everything is kept in {cache_dir()} (AUTORESEARCH_CACHE names another folder).",
     )
-    parser.add_argument(
-        "--corpus",
-        default="climbmix",
-        metavar="climbmix|source|DIR",
-        help="climbmix: download prose from the Hugging Face hub (default); source: the Python source files on this "
+    corpora = (
+        "climbmix: download prose from the Hugging Face hub (default); source: the Python source files on this "
         "machine, no download; DIR: your own .parquet (column text), .jsonl (key text) or .txt files, the last in "
-        "name order is validation",
+        "name order is validation"
     )
+    parser.add_argument("--corpus", default="climbmix", metavar="climbmix|source|DIR", help=corpora)
     scales = "defaults for what follows (default: full with a CUDA GPU, else laptop)"
-    parser.add_argument("--scale", choices=list(SCALES), help=scales)
-    for name, (_, _, default, metavar, meaning) in NUMBERS.items():
-        defaults = default or ", ".join(f"{scale} {values[name]:,}" for scale, values in SCALES.items())
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, metavar=metavar, help=f"{meaning} ({defaults})")
+    parser.add_argument("--scale", choices=("full", "laptop"), help=scales)
+    for name, (*_, full, laptop, meaning) in OPTIONS.items():
+        text = f"{meaning} ({full:,})" if full == laptop else f"{meaning} (full {full:,}, laptop {laptop:,})"
+        parser.add_argument(option(name), type=int, metavar="N", help=text)
     args = parser.parse_args(argv)
     if args.corpus not in ("climbmix", "source"):
         args.corpus = str(Path(args.corpus).expanduser().resolve())
     args.scale = args.scale or ("full" if get_device().type == "cuda" else "laptop")
-    # The command that makes this cache again on any machine: no default in it depends on the machine.
-    given = [(name, value) for name, value in vars(args).items() if value != parser.get_default(name)]
-    args.command = shlex.join(["uv", "run", "prepare.py", *(f"--{k.replace('_', '-')}={v}" for k, v in given)])
-    for name, (low, high, *_) in NUMBERS.items():
-        value = SCALES[args.scale].get(name) if getattr(args, name) is None else getattr(args, name)
-        if not low <= value <= high or value == args.num_shards == 0:
+    for name, (low, high, full, laptop, _) in OPTIONS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, full if args.scale == "full" else laptop)
+        if not low <= getattr(args, name) <= high or getattr(args, name) == 0:
             limits = f"from {low:,} to {high:,}" + ", not 0" * (low < 0)
-            parser.error(f"--{name.replace('_', '-')} needs a whole number {limits}, got {value:,}")
-        setattr(args, name, value)
+            parser.error(f"{option(name)} needs a whole number {limits}, got {getattr(args, name):,}")
     if args.eval_tokens < args.seq_len:
         parser.error(f"--eval-tokens {args.eval_tokens} is less than one row of --seq-len {args.seq_len}")
+    args.command = shlex.join(["uv", "run", "prepare.py", *(f"{option(k)}={v}" for k, v in vars(args).items())])
     return args
 
 
+def option(name):
+    return f"--{name.replace('_', '-')}"
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        prepare(parse_arguments(argv))
+        if argv[:1] in (["decide"], ["record"]):
+            decide(*argv)
+        else:
+            prepare(parse_arguments(argv))
+    except subprocess.CalledProcessError as error:
+        print(f"prepare.py: error: git: {error.stderr.strip()}", file=sys.stderr)
+        return 1
     except PrepareError as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         return error.code

@@ -1,11 +1,13 @@
 """Text of our own, a small prepared cache, and a clock that starts anew with each test."""
 
+import faulthandler
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,7 +91,7 @@ def fresh_harness(monkeypatch):
     monkeypatch.delenv("SEED", raising=False)
     prepare.forget_cache()
     yield
-    prepare.watchdog(None)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def run_python(*arguments, cache=None, cwd=ROOT, timeout=120, **environment):
@@ -100,3 +102,11 @@ def run_python(*arguments, cache=None, cwd=ROOT, timeout=120, **environment):
         env["AUTORESEARCH_CACHE"] = str(cache)
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def train_step(compiled_model, optimizer, loader, grad_accum_steps):
+    """Run.step with these parts"""
+    import train
+
+    parts = SimpleNamespace(compiled_model=compiled_model, optimizer=optimizer)
+    return train.Run.step(parts, loader, grad_accum_steps)

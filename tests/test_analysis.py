@@ -12,7 +12,6 @@ import matplotlib
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_program import decided
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -308,29 +307,6 @@ def test_points_lines_and_band_are_where_the_numbers_are(analyse):
     assert "0 of 2 decisions differ" in printed
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_bar_is_that_of_program_md(analyse, tmp_path, seed):
-    # A random table, decided at random: before each run, program.md's own command says what its bar is.
-    rng = random.Random(seed)
-    rows = [row("ba5e11e", rng.uniform(0.99, 1.01)) for _ in range(3)]
-    for i in range(40 if seed % 2 else 80):  # half of the tables have more than 50 discards in a row
-        status = rng.choices(["keep", "discard", "crash"], [1 if seed % 2 else 0.01, 1, 0.2])[0]
-        text = rng.choices(["an idea", "simpler: no idea", "check, seed 100", "a check"], [6, 2, 1, 1])[0]
-        rows.append(row(f"{i:07x}", 0 if status == "crash" else rng.uniform(0.98, 1.01), status, text))
-    runs = analyse(HEADER + "".join(rows))[0]["runs"]
-    for i, run in runs[3:].iterrows():
-        if run["description"].startswith("check"):
-            assert np.isnan(run["bar"])
-            continue
-        (tmp_path / "results.tsv").write_text(HEADER + "".join(rows[:i]))
-        (tmp_path / "run.log").write_text(f"val_bpb:          {run['val_bpb']:.6f}\n")
-        (_, _, _, below, simpler), verdict = decided(tmp_path)
-        assert f"{run['bar']:.6f}" == f"{simpler if run['simpler'] else below:.6f}"
-        keep = verdict == "keep" or (run["simpler"] and verdict != "discard")
-        assert run["status"] == "crash" or run["rule"] == ("keep" if keep else "discard")
-    assert set(runs["rule"]) == {"keep", "discard"} and runs["simpler"].any()
-
-
 def test_decisions_that_differ_are_counted_named_and_marked(analyse):
     # By hand: M is 0.004.
     text = "ba5e11e 0.990; ba5e11e 0.993; ba5e11e 0.996; aaaaaaa 0.985 discard well; bbbbbbb 0.987 keep ill"
@@ -416,7 +392,8 @@ def test_without_git_nothing_but_the_diffs_is_missing(analyse, commit, monkeypat
 def test_runs_in_jupyter(tmp_path, text):
     if text:
         (tmp_path / "results.tsv").write_text(text)
-    (tmp_path / NOTEBOOK.name).write_bytes(NOTEBOOK.read_bytes())
+    for path in (NOTEBOOK, ROOT / "prepare.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "html", "--execute", "analysis.ipynb"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr

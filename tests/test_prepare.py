@@ -118,12 +118,12 @@ def short_validation(folder):
     [
         (nothing, ["holds 0 file"]),
         (one_document, ["holds 1 file", "two or more"]),
-        (only_empty, ["the train files hold no text"]),
-        (broken_jsonl, ["a.jsonl line 2", "b.jsonl line 2"]),
-        (broken_parquet, ["a.parquet can't be read (Parquet"]),
-        (no_column, ["a.parquet has no column `text` (it has: words)", "b.parquet", "int64, not strings"]),
-        (nested, ["a.jsonl line 2"]),
-        (latin, ["a.txt", "not UTF-8"]),
+        (only_empty, ["hold no text"]),
+        (broken_jsonl, ["a.jsonl", "line 2"]),
+        (broken_parquet, ["a.parquet can't be used (Parquet"]),
+        (no_column, ["a.parquet", "text"]),
+        (nested, ["a.jsonl", "line 2"]),
+        (latin, ["a.txt", "utf-8"]),
         (short_validation, ["--seq-len 64", "smaller"]),
     ],
 )
@@ -161,43 +161,42 @@ def test_every_kind_of_file_is_read_in_name_order(session_cache, cache):
     assert (tokens[offsets[:-1]] == tokenizer.get_bos_token_id()).all()
     assert texts[:900] == [*prose(1, 600), *prose(2, 300)]  # parquet, then jsonl, document by document
     assert "".join(texts[900:]) == "\n\n".join(prose(3, 100))  # .txt is cut, and nothing is lost
-    assert max(map(len, texts[900:])) <= 1.5 * prepare.DOCUMENT_CHARS
+    assert max(map(len, texts[900:])) <= prepare.DOCUMENT_CHARS
     tokens, offsets = prepare.read_tokens("val")
     assert [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(offsets)] == [*prose(4, 150)]
 
 
-def test_text_is_cut_at_blank_lines_else_lines_else_anywhere(tmp_path):
+def test_text_is_cut_at_lines_else_anywhere(tmp_path):
     def pieces(text):
         (tmp_path / "x.txt").write_text(text)
         found = list(prepare.read_text(tmp_path / "x.txt"))
         assert "".join(found) == text
         return found
 
-    assert pieces("a" * 6000) == ["a" * 6000]  # one and a half times the length is left whole
-    assert [len(piece) for piece in pieces("a" * 9000)] == [4000, 5000]
-    assert [len(piece) for piece in pieces("a" * 3000 + "\n" + "b" * 6000)] == [3000, 4000, 2001]
-    assert [len(piece) for piece in pieces("a" * 3000 + "\n\n" + "b" * 500 + "\n" + "c" * 3000)] == [3000, 3503]
+    assert [len(piece) for piece in pieces("a" * 9000)] == [4000, 4000, 1000]
+    assert [len(piece) for piece in pieces("a" * 3000 + "\n" + "b" * 6000)] == [3001, 4000, 2000]
+    assert [len(piece) for piece in pieces("a" * 3000 + "\n\n" + "b" * 500 + "\n" + "c" * 3000)] == [3503, 3000]
 
 
 def test_source_splits_by_whole_packages_in_a_stable_order():
     one, two = prepare.source_corpus(), prepare.source_corpus()
-    assert one.train == two.train and one.val == two.val
+    assert one == two
     roots = [Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "stdlib")]  # purelib may lie in stdlib
 
     def package(path):
         root = next(root for root in roots if root in path.parents)
         return path.relative_to(root).parts[0].removesuffix(".py")
 
-    train, val = ({package(path) for path in paths} for paths in (one.train, one.val))
+    train, val = ({package(path) for path in paths} for paths in one[:2])
     assert train and val and not train & val
-    size = [sum(path.stat().st_size for path in paths) for paths in (one.train, one.val)]
+    size = [sum(path.stat().st_size for path in paths) for paths in one[:2]]
     assert 0.03 < size[1] / sum(size) <= 0.05
-    assert any(path.name == "argparse.py" for path in one.train + one.val)
+    assert any(path.name == "argparse.py" for path in one[0] + one[1])
 
 
 def test_source_in_another_encoding_is_read_all_the_same(tmp_path):
     (tmp_path / "odd.py").write_bytes(b"# -*- coding: latin-1 -*-\nname = 'na\xefve'\n")
-    assert list(prepare.read_documents(tmp_path / "odd.py")) == ["# -*- coding: latin-1 -*-\nname = 'na\ufffdve'\n"]
+    assert list(prepare.read_documents([tmp_path / "odd.py"])) == ["# -*- coding: latin-1 -*-\nname = 'na\ufffdve'\n"]
 
 
 # -----------------------------------------------------------------------------
@@ -329,18 +328,18 @@ def test_every_file_damaged_or_missing_is_found_and_mended(own_cache, corpus, ca
         assert {path.name: path.read_bytes() for path in own_cache.iterdir() if path.name != ".lock"} == good
 
 
-def test_a_cache_of_another_layout_is_named(own_cache, corpus, capsys, monkeypatch):
+def test_a_cache_of_another_version_is_named(own_cache, corpus, capsys):
     with pytest.raises(prepare.PrepareError, match="nothing is prepared"):
         prepare.Tokenizer.from_directory()
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "LAYOUT", 1)
-        assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
-    before = stamps(own_cache)
-    with pytest.raises(prepare.PrepareError, match=r"has layout 1, this prepare.py needs 2: run `uv run prepare.py"):
+    own_cache.mkdir()
+    (own_cache / "manifest.json").write_text('{"layout": 1, "constants": {}, "checksum": "0123456789ab"}')
+    (own_cache / "val-0123456789ab.bin").write_text("old")
+    prepare.forget_cache()
+    with pytest.raises(prepare.PrepareError, match=r"damaged.*: run `uv run prepare.py`"):
         prepare.Tokenizer.from_directory()
     assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
     prepare.Tokenizer.from_directory()
-    assert set(stamps(own_cache)) & set(before) == {"manifest.json"}  # nothing old is used or left
+    assert not (own_cache / "val-0123456789ab.bin").exists()
 
 
 def test_a_step_that_was_done_before_a_kill_is_not_done_again(own_cache, corpus, capsys, monkeypatch):
@@ -385,7 +384,7 @@ def test_a_cache_that_may_not_be_read_is_said(cache, tmp_path):
     locked = shutil.copytree(cache, tmp_path / "locked")
     next(locked.glob("train-*.bin")).chmod(0)
     done = run_python("train.py", cache=locked)
-    assert done.returncode == 1 and "can't be read" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and "Permission denied" in done.stderr
 
 
 def test_train_says_what_mends_a_cache_before_it_trains(tmp_path, corpus, cache):

@@ -3,15 +3,21 @@
 The one thing not real is uv: a stand-in on PATH runs this Python, since a scratch clone would install everything anew.
 """
 
+import contextlib
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, run_python
+
+import prepare
 
 PAGE = (ROOT / "program.md").read_text(encoding="utf-8")
 ONE_GPU, SEVERAL_GPUS = PAGE.split("\n## Several GPUs\n")
@@ -21,11 +27,14 @@ def blocks(text):
     return re.findall(r"^ *```bash\n(.*?)^ *```", text, re.M | re.S)
 
 
-def command(*words, page=ONE_GPU):
+def command(*words, page=ONE_GPU, but="nothing of this kind"):
     """The one command of program.md, without its section on several GPUs, that has all these words."""
-    found = [text for text in blocks(page) if all(word in text for word in words)]
+    found = [text for text in blocks(page) if all(word in text for word in words) and but not in text]
     assert len(found) == 1, (words, found)
     return found[0]
+
+
+DECIDE, RECORD = (command(f"run prepare.py {word}\n", but="git status").strip() for word in ("decide", "record"))
 
 
 class Clone:
@@ -36,6 +45,9 @@ class Clone:
         folder.mkdir()
         for name in ("prepare.py", "train.py", "program.md", "README.md", ".gitignore"):
             shutil.copy(ROOT / name, folder)
+        prepare_py = (folder / "prepare.py").read_text(encoding="utf-8")
+        assert prepare_py.count("DECIDE_WAIT = 45") == 1
+        (folder / "prepare.py").write_text(prepare_py.replace("DECIDE_WAIT = 45", "DECIDE_WAIT = 1"), encoding="utf-8")
         tools = folder.parent / "bin"
         tools.mkdir()
         uv = tools / "uv"
@@ -72,41 +84,41 @@ class Clone:
     def run(self, seed=0, until="exit: "):
         self.sh(command("nohup").replace("SEED=0", f"SEED={seed}"))
         deadline = time.monotonic() + 90
-        look = command("seq 50").replace("seq 50", "seq 1").replace("sleep 1", "sleep 0.3")
-        while until not in self.sh(look, ok=False):
+        while until not in self.sh("cat run.log"):
             assert time.monotonic() < deadline, self.sh("cat run.log")
-        return self.sh(command("/^---$/"))
+            time.sleep(0.2)
+        return self.sh("cat run.log")
 
-    def record(self, status, description):
-        self.sh(command("s/^row: *//p").replace("STATUS", status).replace("DESCRIPTION", description))
+    def decide(self, ok=True):
+        """What `decide` prints, on one stream"""
+        return self.sh(f"{DECIDE} 2>&1", ok)
 
-    def record_crash(self, description):
-        self.sh(command("0.000000").replace("DESCRIPTION: why it crashed", description))
+    def record(self, veto=""):
+        return self.sh(f"{RECORD} {veto} 2>&1")
 
-    def take_back(self):
-        self.sh(command("tried/"))
+    def processes(self):
+        """The pids of what runs train.py in this clone"""
+        for proc in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                here = Path(os.readlink(proc / "cwd")) == self.folder
+                if here and (proc / "cmdline").read_bytes().split(b"\0")[1:2] == [b"train.py"]:
+                    yield int(proc.name)
 
     def rows(self):
         return [line.split("\t") for line in (self.folder / "results.tsv").read_text().splitlines()]
-
-    def decide(self):
-        """((best, M, n, keep below, simpler below), what to do)"""
-        return bar_and_verdict(self.sh(command("margin M")))
-
-
-def bar_and_verdict(printed):
-    figures, verdict = printed.splitlines()
-    return tuple(map(float, re.findall(r"\d+\.\d+|(?<= )\d+(?= d)", figures))), verdict.split(": ")[-1]
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("night")
     made = run_python(
-        "prepare.py", f"--corpus={corpus}", *SMALL, "--time-budget=1", "--eval-tokens=1024", cache=folder / "cache"
+        "prepare.py", f"--corpus={corpus}", *SMALL, "--time-budget=3", "--eval-tokens=1024", cache=folder / "cache"
     )
     assert made.returncode == 0, made.stderr
     return Clone(folder / "clone", folder / "cache")
+
+
+SCORE = "val_bpb = evaluate_bpb(run.compiled_model, tokenizer, batch_size)"  # half of it is an idea that is kept
 
 
 def test_a_night_in_small(clone):
@@ -117,79 +129,84 @@ def test_a_night_in_small(clone):
     branch = clone.sh("git branch --show-current").strip()
     assert re.fullmatch(r"autoresearch/\d{8}", branch)
     harness = re.search(r"harness ([0-9a-f]{12})$", clone.sh(command("open_cache")))[1]
-    clone.sh(command("commit\\tval_bpb"))
+    clone.sh(command("mv -n results.tsv"))
     assert [p.read_text() for p in clone.folder.glob("results-until-*.tsv")] == ["an earlier night"]
     # set-up again refuses the branch that is taken
     assert "already exists" in clone.sh(command("git switch -c").strip() + " 2>&1", ok=False)
 
     # The noise
     for seed in range(3):
-        block = clone.run(seed)
-        assert f"\nseed:             {seed}\n" in block and f"\nharness:          {harness}\n" in block
-        clone.record("keep", f"baseline, seed {seed}")
+        log = clone.run(seed)
+        assert f"\nseed:             {seed}\n" in log and f"\nharness:          {harness}\n" in log
+        clone.record()
     baseline = clone.sh("git rev-parse HEAD")[:7]
     scores = [float(row[1]) for row in clone.rows()[1:]]
     assert [row[0] for row in clone.rows()[1:]] == [baseline] * 3 and len(set(scores)) == 3
     M = 2 / 3 * (max(scores) - min(scores))
-    assert clone.decide()[0] == pytest.approx((min(scores), M, 0, min(scores) - M, min(scores) + M), abs=2e-6)
+    assert f"head {min(scores):.6f}, margin {M:.6f}, 0 discards since" in clone.decide()  # nothing new
 
-    # One that is kept
-    clone.edit("MATRIX_LR: float = 0.04", "MATRIX_LR: float = 0.03")
-    clone.sh("git commit -qam 'matrix lr 0.03'")
-    assert "val_bpb" in clone.run()
-    clone.record("keep", "matrix lr 0.03")
+    # One that is kept. Asked twice, it has one row
+    clone.edit(SCORE, f"{SCORE} / 2")
+    clone.sh(command("git commit").replace("DESCRIPTION", "batch 2^9"))
+    assert "not ended: ." in clone.decide(ok=False)
+    clone.run()
+    assert "\tkeep\tbatch 2^9, " in clone.decide() and len(clone.rows()) == 4
+    clone.record()
+    clone.record()
     kept = clone.sh("git rev-parse HEAD")[:7]
+    assert len(clone.rows()) == 5 and clone.rows()[-1][0] == kept
 
     # One that is discarded: row, tag, reset
-    clone.edit("SOFTCAP: float = 15.0", "SOFTCAP: float = 3.0")
-    clone.sh("git commit -qam 'softcap 3'")
-    assert "val_bpb" in clone.run()
-    clone.record("discard", "softcap 3")
+    clone.edit(SCORE, f"{SCORE} * 2")
+    clone.sh("git commit -qam 'softcap\t3'")
+    clone.run()
     (clone.folder / "README.md").write_text("the human's own, not committed")
     discarded = clone.sh("git rev-parse HEAD")[:7]
-    clone.take_back()
+    assert "\tdiscard\tsoftcap 3, " in clone.record()
     assert clone.sh("git rev-parse HEAD")[:7] == kept
     assert (clone.folder / "README.md").read_text() == "the human's own, not committed"
     clone.sh("git checkout -q README.md")
-    assert clone.decide()[0][2] == 1
+    assert ", 1 discards since" in clone.decide()
 
-    # One that crashes
+    # One that crashes, and one with another seed, which is no idea
     clone.edit("HEAD_DIM=32", "HEAD_DIM=31")
     clone.sh("git commit -qam 'odd heads'")
-    assert "val_bpb" not in clone.run() and "exit: 1" in clone.sh("tail -n 30 run.log")
-    clone.record_crash("heads of 31: rotation needs an even number")
+    assert "val_bpb" not in clone.run(seed=5) and "exit: 1" in clone.sh("tail -n 30 run.log")
     crashed = clone.sh("git rev-parse HEAD")[:7]
-    clone.take_back()
+    assert f"{crashed}\t0.000000\t0.0\tcrash\todd heads: " in clone.record()
 
-    # One that hangs and is killed
+    # One that was killed, and one that would be kept, but for the human's limits
     clone.edit("    gc.freeze()", "    print('hanging', flush=True); time.sleep(500)\n    gc.freeze()")
     clone.sh("git commit -qam 'hang'")
     clone.run(until="hanging")
-    pid = clone.sh("sed -n 's/^pid: //p' run.log").strip()
-    clone.sh(command("kill"))
-    deadline = time.monotonic() + 10
-    while "exit: 143" not in clone.sh("tail -n 1 run.log"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert clone.sh(f"ps -p {pid} -o pid= || true").strip() == ""
-    clone.record_crash("hang")
+    assert "not ended: ." in clone.decide(ok=False)
+    for pid in clone.processes():
+        os.kill(pid, signal.SIGKILL)
     hung = clone.sh("git rev-parse HEAD")[:7]
-    clone.take_back()
+    while "exit: " not in clone.sh("cat run.log"):
+        time.sleep(0.1)
+    assert "\tcrash\thang: " in clone.record()
+    clone.edit(SCORE, f"{SCORE} / 2")
+    clone.sh("git commit -qam 'simpler: batch 2^8'")
+    clone.run()
+    vetoed = clone.sh("git rev-parse HEAD")[:7]
+    clone.record("discard")
+    assert clone.rows()[-1][3] == "discard"
 
     # An honest look: the baseline on another seed, and back
     clone.sh(command("--detach"))
     assert clone.sh("git rev-parse HEAD")[:7] == baseline
     clone.run(100)
-    clone.record("keep", "check, seed 100")
-    before = clone.decide()[0]
-    clone.sh(command('git switch -q "autoresearch/TAG').replace("autoresearch/TAG", branch))
-    assert clone.decide()[0] == before  # a check moves no bar
-    assert f"{baseline} {clone.rows()[-1][1]} (1 runs)" in clone.sh(command("runs"))
+    before = clone.decide().splitlines()[0]
+    assert f"{baseline}\t" in clone.record()
+    assert clone.sh("git rev-parse HEAD")[:7] == baseline and clone.rows()[-1][4].startswith("check, seed 100, ")
+    clone.sh(f"git switch -q {branch}")
+    assert clone.decide().splitlines()[0] == before  # a check moves no bar
     assert clone.sh("git rev-parse HEAD")[:7] == kept
 
     # Picking up again, with everything but the files forgotten
     seen = clone.sh(command("git status -sb"))
-    assert f"## {branch}" in seen and "matrix lr 0.03" in seen and "check, seed 100" in seen
+    assert f"## {branch}" in seen and "batch 2^9" in seen and "check, seed 100" in seen
 
     # After the night
     rows = clone.rows()
@@ -200,6 +217,7 @@ def test_a_night_in_small(clone):
         (discarded, "discard"),
         (crashed, "crash"),
         (hung, "crash"),
+        (vetoed, "discard"),
         (baseline, "keep"),
     ]
     assert all(len(row) == 5 for row in rows)
@@ -207,65 +225,42 @@ def test_a_night_in_small(clone):
     assert clone.sh("git ls-files results.tsv run.log") == ""
     assert clone.sh("git log --format=%h -n 2").split() == [kept, baseline]
     tags = clone.sh("git tag").split()
-    assert sorted(tags) == sorted(f"tried/{commit}" for commit in (discarded, crashed, hung))
+    assert sorted(tags) == sorted(f"tried/{commit}" for commit in (discarded, crashed, hung, vetoed))
     assert all(clone.sh(f"git rev-parse tried/{commit}")[:7] == commit for commit in (discarded, crashed, hung))
+
+
+BASE = ["1.000 keep", "1.003 keep", "1.006 keep"]
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        # best, M, n, keep below, simpler below, by hand
-        (["1.000 keep b", "1.003 keep b", "1.006 keep b"], (1.0, 0.004, 0, 0.996, 1.004)),
-        (["1.006 keep b", "1.000 keep b", "1.003 keep b", "0.99 keep x"], (0.99, 0.004, 0, 0.986, 0.994)),
-        (["1.000 keep b", "1.003 keep b", "1.006 keep b", *["1.1 discard x"] * 25], (1.0, 0.004, 25, 0.998, 1.004)),
-        (["1.000 keep b", "1.003 keep b", "1.006 keep b", *["1.1 discard x"] * 80], (1.0, 0.004, 50, 1.0, 1.004)),
-        (["1.000 keep b", "1.003 keep b", "1.006 keep b", "0 crash x", "2 discard x"], (1.0, 0.004, 1, 0.99608, 1.004)),
-        (["1.000 keep b", "1.003 keep b", "1.006 keep b", "1.002 keep simpler"], (1.0, 0.004, 0, 0.996, 1.004)),
-        (["1.000 keep b", "1.003 keep b", "1.006 keep b", "0.9 keep check"], (1.0, 0.004, 0, 0.996, 1.004)),
-        (["10.0 keep b", "9.9 keep b", "9.8 keep b"], (9.8, 0.133333, 0, 9.666667, 9.933333)),  # numbers, not letters
+        # head, margin, n, by hand
+        (BASE, (1.0, 0.004, 0)),
+        (["1.006 keep", "1.000 keep", "1.003 keep", "0.99 keep x"], (0.99, 0.004, 0)),
+        ([*BASE, *["1.1 discard x"] * 25], (1.0, 0.004, 25)),
+        ([*BASE, *["1.1 discard x"] * 80], (1.0, 0.004, 50)),
+        ([*BASE, "0 crash x", "2 discard x"], (1.0, 0.004, 1)),
+        ([*BASE, "1.002 keep simpler"], (1.0, 0.004, 0)),
+        ([*BASE, "0.9 keep check, seed 100"], (1.0, 0.004, 0)),
+        ([*BASE, "0.9 keep check whether checks are ideas"], (0.9, 0.004, 0)),
+        (["10.0 keep", "9.9 keep", "9.8 keep"], (9.8, 0.133333, 0)),
+        (BASE[:2], (math.nan, math.nan, 0)),
+        # waves: the mean, and 1.75 standard deviations
+        ([f"{value} keep wave 1: baseline" for value in (1.0, 1.001, 1.002)], (1.001, 0.00175, 0)),
+        (["1 keep wave 1: b", "2 keep wave 1: b", "0 keep wave 2: x", "-1 keep wave 2: simpler"], (-1, 1.237437, 0)),
     ],
 )
-def test_the_bar_by_hand(tmp_path, rows, expected):
-    lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
-    (tmp_path / "run.log").write_text("---\nval_bpb:          1.0\n")
-    lines += ["abc1234\t{}\t1.0\t{}\t{}".format(*row.split(" ")) for row in rows]
-    (tmp_path / "results.tsv").write_text("\n".join(lines) + "\n")
-    figures, _ = decided(tmp_path)
-    assert figures == pytest.approx(expected, abs=1e-6)
-
-
-def decided(folder):
-    done = subprocess.run(["bash", "-c", command("margin M")], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return bar_and_verdict(done.stdout)
-
-
-@pytest.mark.parametrize(
-    ("now", "verdict"),
-    [
-        ("0.995999", "keep"),
-        ("0.996000", "discard, unless it is simpler code"),
-        ("1.003999", "discard, unless it is simpler code"),
-        ("1.004001", "discard"),
-        ("10.00000", "discard"),
-        (None, "crash"),
-    ],
-)
-def test_the_verdict_by_hand(tmp_path, now, verdict):
-    rows = "".join(f"abc1234\t{number}\t1.0\tkeep\tbaseline\n" for number in ("1.006000", "1.003000", "1.000000"))
-    (tmp_path / "results.tsv").write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + rows)
-    block = f"---\nval_bpb:          {now}\ntraining_seconds: 5\nexit: 0\n" if now else "exit: 1\n"
-    (tmp_path / "run.log").write_text(f"step 1\n{block}")
-    assert decided(tmp_path) == (pytest.approx((1.0, 0.004, 0, 0.996, 1.004)), verdict)
-
-
-def test_the_check_by_hand(tmp_path):
-    rows = ("1.0 keep check, seed 100", "2.0 keep check, seed 101", "0.0 crash check, seed 102", "9.0 keep an idea")
-    (tmp_path / "results.tsv").write_text(
-        "".join("abc1234\t{}\t1.0\t{}\t{}\n".format(*row.split(" ", 2)) for row in rows)
-    )
-    done = subprocess.run(["bash", "-c", command("runs)")], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "abc1234 1.500000 (2 runs)\n"
+def test_the_bar_by_hand(rows, expected):
+    facts = []
+    for row in rows:
+        value, status, *text = row.split(" ", 2)
+        base = not text or text[0].startswith("wave 1")
+        facts.append(
+            ("ba5e11e" if base else f"{len(facts):07x}", float(value), status, *(text or ["baseline, seed 0"]))
+        )
+    _, *found = prepare.bars(facts)
+    assert found == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_no_command_can_lose_work():
@@ -273,5 +268,5 @@ def test_no_command_can_lose_work():
         for word in ("git clean", "--hard", "rm ", "git checkout", "git push", "stash"):
             assert word not in text
     assert not any("timeout" in text for text in blocks(ONE_GPU))  # a Mac has no such command
-    assert len(ONE_GPU.splitlines()) <= 190 and len(SEVERAL_GPUS.splitlines()) <= 160
+    assert len(PAGE.splitlines()) <= 170
     assert "git status --porcelain` must print nothing" in ONE_GPU

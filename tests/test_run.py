@@ -110,7 +110,6 @@ def test_a_changed_train_py_has_no_commit_to_its_name(project, session_cache, tm
 
 
 def test_a_run_over_its_time_has_no_commit_to_its_name(cache, monkeypatch, capsys):
-    import prepare
 
     now = [100.0]
     monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
@@ -143,11 +142,11 @@ except train.TrainingError as error:
 
 def test_nan_ends_the_run_without_a_number(session_cache):
     poison = """
-step = train.train_step
+step = train.Run.step
 def poisoned(*arguments, calls=[]):
     calls.append(1)
     return step(*arguments) * (float("nan") if len(calls) > 3 else 1)
-train.train_step = poisoned
+train.Run.step = poisoned
 """
     done = run_python("-c", DRIVER, poison, cache=session_cache)
     assert done.returncode == 1 and "val_bpb" not in done.stdout
@@ -168,23 +167,12 @@ import time
 def hang_here(*arguments):
     time.sleep(60)
 train.train = hang_here
-prepare.START_GRACE = 3  # after a budget of 5 seconds
+prepare.GRACE = 3  # after a budget of 5 seconds
 """
     started = time.monotonic()
     done = run_python("-c", DRIVER, hang, cache=session_cache)
     assert done.returncode == 1 and time.monotonic() - started < 50
     assert "hang_here" in done.stderr and "Timeout" in done.stderr and "val_bpb" not in done.stdout
-
-
-def test_the_first_batch_gives_the_watchdog_its_full_time(cache, monkeypatch):
-    """A slow compiler, before it, takes nothing from the training and evaluation that follow."""
-    limits = []
-    monkeypatch.setattr(prepare, "watchdog", limits.append)
-    prepare.start_run()
-    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 2, 64, "train")
-    for _ in range(3):
-        next(loader)
-    assert limits == [prepare.TIME_BUDGET + prepare.START_GRACE, prepare.TIME_BUDGET + prepare.END_GRACE]
 
 
 def test_a_seed_that_is_none_is_refused(session_cache):
