@@ -928,51 +928,49 @@ def check_causality(model, x, row_ids, ref_logits, V, rng):
 # Night: results.tsv, and the rule that says which run is kept. program.md says when to call it
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
-DESCRIPTION = re.compile(
-    r"(?:wave (?P<wave>\d+): )?(?:(?:baseline|(?P<check>check)), seed (?P<seed>\d+)|(?P<simpler>simpler))?"
-)
+KEEP_MARGIN = 1.5  # standard deviations of the baseline by which an idea must be better
+KEEP_WAVES = 50  # waves without a keep after which the margin is 0: a kept number is partly luck
+DESCRIPTION = re.compile(r"(?:wave (?P<wave>\d+): )?(?P<simpler>simpler)?")
 DECIDE_WAIT = 45  # seconds that `decide` waits for runs: many agents' shells end a command after a minute
 
 
 def bars(rows):
-    """([the bar of each row], head, margin, n): what each run had to beat, and what holds for the next one.
+    """([the bar of each row], head, margin, n): what each run had to beat, and what the next one has to beat.
 
-    rows: (commit, val_bpb, status, description) of one night, in order; the first commit is the baseline. Of each wave
-    (on one GPU: of each run) the best is kept if it is below
+    rows: (commit, val_bpb, status, description) of one night in order. It begins with the runs of the baseline, one
+    commit with several seeds. Of each wave ("wave 2: …"; on one GPU each run is a wave) the best is kept if it is below
 
-        bar = head - margin · (1 - n/50)
+        head - margin · (1 - n/KEEP_WAVES)
 
-    head    the number of the last kept run; before any keep, the lowest of the baseline, on several GPUs their mean
-    margin  2/3 of the baseline's spread, on several GPUs 1.75 of its standard deviations, 2.5 from 32 GPUs on
-    n       on one GPU discards since the last keep, at most 50: a kept number is partly luck, so the bar rises again
+    head    the mean of the baseline, later the number of the last kept run
+    margin  KEEP_MARGIN standard deviations of the baseline
+    n       waves since the last keep, at most KEEP_WAVES
 
-    A change whose description begins with `simpler` has the bar head + margin, and never raises head. Runs of the
-    baseline and of a check have none (nan), nor has any while the baseline has fewer than three numbers (in waves:
-    two). tests/test_decision_rule.py has the evidence for all this.
+    A change whose description begins with `simpler` has the bar head + margin, and never raises head. A kept commit
+    that runs again (a check) has no bar (nan) and moves none. Nothing has one while the baseline has fewer than three
+    numbers. tests/test_decision_rule.py is the evidence for this rule.
     """
-    notes = [DESCRIPTION.match(text) for *_, text in rows]
-    ideas = [i for i, row in enumerate(rows) if row[0] != rows[0][0] and not notes[i]["check"]]
-    base = [row for row, note in zip(rows, notes) if row[0] == rows[0][0] and not note["check"]]
-    noise = [value for _, value, status, _ in base if status == "keep"]
-    K = max(Counter(note["wave"] for note in notes if note["wave"]).values(), default=1)
-    found = [math.nan] * len(rows)
-    if len(noise) < (3 if K == 1 else 2):
+    found, kept, ideas = [math.nan] * len(rows), {row[0] for row in rows[:1]}, []
+    for i, (commit, _, status, _) in enumerate(rows):
+        if commit not in kept:
+            ideas.append(i)
+        if status == "keep":
+            kept.add(commit)
+    noise = [value for _, value, status, _ in rows[: ideas[0] if ideas else None] if status == "keep"]
+    if len(noise) < 3:
         return found, math.nan, math.nan, 0
-    head, margin, n = min(noise), 2 / 3 * (max(noise) - min(noise)), 0
-    if K > 1:
-        head, margin = statistics.mean(noise), (1.75 if K < 32 else 2.5) * statistics.stdev(noise)
+    head, margin, n = statistics.mean(noise), KEEP_MARGIN * statistics.stdev(noise), 0
+    notes = [DESCRIPTION.match(row[3]) for row in rows]
     for _, wave in groupby(ideas, key=lambda i: notes[i]["wave"] or -i):
-        kept, missed = [], False
+        wave = list(wave)
         for i in wave:
-            _, value, status, _ = rows[i]
-            found[i] = head + margin if notes[i]["simpler"] else head - margin * (1 - n / 50)
-            kept += [(value, notes[i]["simpler"])] * (status == "keep")
-            missed |= status == "discard"
-        if kept:
-            best = min(value for value, _ in kept)
-            head, n = min(head, best) if all(simpler for _, simpler in kept) else best, 0
-        elif missed and K == 1:
-            n = min(n + 1, 50)
+            found[i] = head + margin if notes[i]["simpler"] else head - margin * (1 - n / KEEP_WAVES)
+        statuses = [rows[i][2] for i in wave]
+        if "keep" in statuses:
+            value, i = min((rows[i][1], i) for i in wave if rows[i][2] == "keep")
+            head, n = min(head, value) if notes[i]["simpler"] else value, 0
+        elif "discard" in statuses:  # a crash says nothing about the number
+            n = min(n + 1, KEEP_WAVES)
     return found, head, margin, n
 
 
