@@ -32,21 +32,23 @@ import sysconfig
 import time
 from array import array
 from bisect import bisect_left, insort
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import groupby, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import requests
-import tiktoken
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
+NIGHT = __name__ == "__main__" and sys.argv[1:2] in (["decide"], ["record"])
+if not NIGHT:  # these two commands need none of it, and importing it takes seconds
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import requests
+    import tiktoken
+    import torch
+    import torch.nn.functional as F
+    from tqdm import tqdm
 
 IMPORTED_AT = time.monotonic()
 
@@ -930,7 +932,7 @@ def check_causality(model, x, row_ids, ref_logits, V, rng):
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 KEEP_MARGIN = 1.5  # standard deviations of the baseline by which an idea must be better
 KEEP_WAVES = 50  # waves without a keep after which the margin is 0: a kept number is partly luck
-DESCRIPTION = re.compile(r"(?:wave (?P<wave>\d+): )?(?P<simpler>simpler)?")
+DESCRIPTION = re.compile(r"(?:wave (?P<wave>\d+): )?(?:(?P<simpler>simpler)|(?:baseline|check), seed (?P<seed>\d+))?")
 DECIDE_WAIT = 45  # seconds that `decide` waits for runs: many agents' shells end a command after a minute
 
 
@@ -974,83 +976,129 @@ def bars(rows):
     return found, head, margin, n
 
 
-def ended_runs(trees, rows):
-    """(rows of the runs that have ended and are not in `rows`, trees whose run has not ended).
+def read_results(table):
+    """The rows of results.tsv, five str each. Raises PrepareError for a line that is no row."""
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    rows = [line.split("\t", 4) for line in lines if line != HEADER]
+    for row in rows:
+        if len(row) != 5 or not re.fullmatch(r"\d+\.\d+", row[1]):
+            raise PrepareError(f"{table} has a line that is no row, mend it by hand: {one_line(' '.join(row))}")
+    return rows
 
-    A tree is the clone or a worktree. Its run.log begins with the commit and ends with `exit: …`.
+
+def one_line(text):
+    """At most 120 printable characters: what an agent reads, and what stands in the table, must not flood it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())[:120]
+
+
+def kept_commits(rows):
+    """The baseline and the kept ideas in order, each once."""
+    return list(dict.fromkeys(commit for commit, _, _, status, _ in rows if status == "keep"))
+
+
+def new_row(tree, rows):
+    """The row (five str) that the run of `tree` adds to `rows`, None if there is none, or a str: what it waits for.
+
+    A tree is the clone or a worktree. Its run.log begins with the commit and ends with `exit: …`. Raises PrepareError.
     """
-    base = rows[0][0] if rows else git("rev-parse", "HEAD")[:7]
-    kept = {base, *(commit for commit, _, _, status, _ in rows if status == "keep")}
-    done = {(commit, DESCRIPTION.match(text)["seed"] or "0") for commit, *_, text in rows}  # commit and seed
-    new, waiting = [], []
-    for tree in trees:
-        commit, path = git("rev-parse", "HEAD", tree=tree)[:7], tree / "run.log"
-        log = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else [""]
-        block = dict(re.findall(r"^(\w+): +(.+)", "\n".join(log).rpartition("\n---\n")[2], re.MULTILINE))
-        seed, valid = block.get("seed", "0"), re.match(rf"{commit}\t\d", block.get("row", ""))
-        if not log[0].startswith(commit) or not log[-1].startswith("exit: "):
-            if log[0].startswith(commit) or (commit, "0") not in done:
-                waiting.append(str(tree))
-        elif (commit, seed) not in done:
-            status, text = "discard" if valid else "crash", git("log", "-1", "--format=%s", commit)
-            if commit in kept:
-                status, text = "keep", f"{'baseline' if commit == base and int(seed) < 100 else 'check'}, seed {seed}"
-            if (commit in kept and not valid) or (commit not in kept and seed != "0"):
-                raise PrepareError(
-                    f"{path}: only an idea may crash, and its seed must be 0: find out why, run it again"
-                )
-            text += f", {block['num_steps']} steps" if valid else f": {log[-2][:100]}"
-            values = block["row"].split("\t") if valid else [commit, "0.000000", "0.0"]
-            new.append([*values, status, text.replace("\t", " ")])
-    return sorted(new, key=lambda row: float(row[1])), waiting
+    commit, path = git("rev-parse", "HEAD", tree=tree)[:7], tree / "run.log"
+    log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [line for line in log.splitlines() if line.strip()] or [""]
+    kept = kept_commits(rows) or [commit]  # the first run is one of the baseline
+    if not lines[0].startswith(commit):
+        idea = not rows or git("diff", "--name-only", kept[-1], commit, "--", "train.py", tree=tree)
+        return f"{path} has no run of {commit}" if idea else None
+    if not lines[-1].startswith("exit: "):
+        return f"{path}: {one_line(lines[-1])}"
+    block = dict(re.findall(r"^(\w+): +(.+)", log.rpartition("\n---\n")[2], re.MULTILINE))
+    seed, number = block.get("seed", "0"), re.fullmatch(rf"{commit}\t\d+\.\d+\t\S+", block.get("row", ""))
+    if seed in (DESCRIPTION.match(row[4])["seed"] or "0" for row in rows if row[0] == commit):
+        return None
+    if commit in kept:
+        status, text = "keep", f"{'check' if {row[0] for row in rows} - {commit} else 'baseline'}, seed {seed}"
+        if not number:
+            raise PrepareError(f"{path}: a run of {commit} must have a number: find out why it has none, run it again")
+    else:
+        status, text = "discard" if number else "crash", git("log", "-1", "--format=%s", commit, tree=tree)
+        if seed != "0":
+            raise PrepareError(f"{path}: an idea has the seed 0, this run had {seed}: run it again")
+        if git("diff", "--name-only", kept[-1], f"{commit}~1", "--", "train.py", tree=tree):
+            raise PrepareError(f"{commit} must be one commit on top of {kept[-1]}: make it that, and run it again")
+    if number:
+        return [*block["row"].split("\t"), status, f"{one_line(text)}, {block['num_steps']} steps"]
+    reason = [*re.findall("^warning: (.+): no commit", log, re.MULTILINE), *lines[:-1][-1:]][0]
+    return [commit, "0.000000", "0.0", status, f"{one_line(text)}: {one_line(reason)}"]
 
 
-def decide(what, veto=""):
-    """Wait for the runs and say what becomes of them. `record` writes their rows, then brings git in line with them.
+def decide(command, veto=""):
+    """`decide`: wait for the runs, and say what becomes of them. `record`: write their rows too, and move the branch.
 
-    If it is cut off, the same command goes on: how branch, tags and worktrees must be follows from the table.
+    `record discard` keeps nothing. Returns the exit status. Raises PrepareError, or CalledProcessError of git.
     """
-    branch = git("branch", "--show-current")  # "" on the baseline, for a check
-    if veto not in ("", "discard") or not f"{branch}autoresearch/".startswith("autoresearch/"):
-        raise PrepareError("`prepare.py decide`, `record` and `record discard` are for a branch autoresearch/…", 2)
-    table, trees = Path("results.tsv"), sorted(Path(".waves").glob("[0-9]*")) or [Path()]
-    rows = [line.split("\t", 4) for line in table.read_text(encoding="utf-8").splitlines()[1:]]
-    deadline = time.monotonic() + DECIDE_WAIT
-    while (found := ended_runs(trees, rows))[1] and time.monotonic() < deadline:
+    branch, table = git("branch", "--show-current"), Path("results.tsv")  # "" where a check has detached HEAD
+    rows = read_results(table)
+    if (command, veto) not in (("decide", ""), ("record", ""), ("record", "discard")):
+        raise PrepareError("the commands of a night are `prepare.py decide`, `record` and `record discard`", 2)
+    if not branch.startswith("autoresearch/") and (branch or not rows):
+        raise PrepareError(f"a night has a branch autoresearch/…, this is {branch or 'none'}: git switch to it", 2)
+    worktrees = sorted(path.parent for path in Path(".waves").glob("[0-9]*/.git"))
+    trees, deadline = worktrees or [Path()], time.monotonic() + DECIDE_WAIT
+    while True:
+        found = [new_row(tree, rows) for tree in trees]
+        waiting = [(reason, str(tree)) for reason, tree in zip(found, trees) if isinstance(reason, str)]
+        if not waiting or time.monotonic() > deadline:
+            break
         time.sleep(1)
-    new, waiting = found
     if waiting:
-        raise PrepareError(f"not ended: {' '.join(waiting)}. Wait, or start again what was cut off")
-    if trees != [Path()]:
-        number = 1 + max((int(DESCRIPTION.match(row[4])["wave"] or 0) for row in rows), default=0)
-        for row in new:
-            row[4] = row[4] if row[4].startswith("check, seed") else f"wave {number}: {row[4]}"
+        print(f"not ended: {waiting[0][0]}", *(tree for _, tree in waiting[1:]), sep=", ")
+        return int(command == "record")
+    new = list(filter(None, found))
+    wave = 1 + max((int(DESCRIPTION.match(row[4])["wave"] or 0) for row in rows), default=0)
+    for row in new if worktrees else ():
+        row[4] = f"wave {wave}: {row[4]}"
+    ideas = [row for row in new if row[3] != "keep"]
     facts = [(commit, float(value), status, text) for commit, value, _, status, text in rows + new]
     limits, (_, head, margin, n) = bars(facts)[0][len(rows) :], bars(facts[: len(rows)])
-    below = f"keep below {head - margin * (1 - n / 50):.6f}, simpler code below {head + margin:.6f}"
-    print(f"head {head:.6f}, margin {margin:.6f}, {n} discards since: {below}")
-    passed = [row for row, limit in zip(new, limits) if row[3] == "discard" and float(row[1]) < limit]
+    if not math.isnan(head):
+        bar = f"keep below {head - margin * (1 - n / KEEP_WAVES):.6f}, simpler code below {head + margin:.6f}"
+        print(f"head {head:.6f}, margin {margin:.6f}, {n} waves since the last keep: {bar}")
+    elif ideas:
+        raise PrepareError(
+            f"an idea needs a baseline with three numbers: git switch --detach {rows[0][0]}, run it first"
+        )
+    if ideas and not branch:
+        raise PrepareError("HEAD is detached: an idea is a commit of the branch, git switch to it")
+    passed = [(float(row[1]), row) for row, bar in zip(new, limits) if row[3] == "discard" and float(row[1]) < bar]
+    passed = [row for _, row in sorted(passed)]
     if passed and not veto:
         passed[0][3] = "keep"
-    print(*("\t".join(row) for row in new), sep="\n")
+    print(*("\t".join(row) for row in new), sep="\n", end="\n" * bool(new))
     if passed[1:]:
         print("one of the next ideas, on the new head:", *(f"tried/{row[0]}" for row in passed[1:]))
-    if any(row[3] == "discard" and math.isnan(limit) for row, limit in zip(new, limits)):
-        raise PrepareError("fewer than two runs of the baseline have a number: there is no bar")
-    if what == "record":
-        rows += new
+    if command == "record":
+        for tree in {Path(), *worktrees}:
+            if git("status", "--porcelain", "--untracked-files=no", "--", "train.py", tree=tree):
+                raise PrepareError(
+                    f"{tree / 'train.py'} has changes without a commit: git stash, record, git stash pop"
+                )
         with atomic_write(table) as f:
-            f.write("".join("\t".join(row) + "\n" for row in [[HEADER], *rows]).encode())
-        kept = [row[0] for row in rows if row[3] == "keep" and not row[4].startswith("check, seed")]
-        tried = {row[0] for row in rows} - set(kept)
-        for commit in tried:
-            git("tag", "--no-sign", "-f", f"tried/{commit}", commit)
-        if git("rev-parse", "HEAD")[:7] in tried:
-            git("reset", "-q", "--keep", "HEAD~1")
-        elif branch:
-            git("merge", "-q", "--ff-only", kept[-1])
-        for tree in trees:
-            git("reset", "-q", "--keep", git("rev-parse", "HEAD"), tree=tree)
+            f.write("".join("\t".join(row) + "\n" for row in [[HEADER], *rows, *new]).encode())
+        follow(rows + new, branch, worktrees)
+    return 0
+
+
+def follow(rows, branch, worktrees):
+    """Bring tags, branch and worktrees in line with the table. Where it was cut off, it goes on."""
+    kept = kept_commits(rows)
+    tried = {row[0] for row in rows} - {*kept}
+    for commit in tried - {tag.removeprefix("tried/") for tag in git("tag", "--list", "tried/*").split()}:
+        git("tag", "--no-sign", f"tried/{commit}", commit)
+    if git("rev-parse", "HEAD")[:7] in tried:
+        git("reset", "-q", "--keep", "HEAD~1")
+    elif branch and kept:
+        git("merge", "-q", "--ff-only", kept[-1])
+    for tree in worktrees:
+        git("reset", "-q", "--keep", git("rev-parse", "HEAD"), tree=tree)
 
 
 # -----------------------------------------------------------------------------
@@ -1188,9 +1236,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] in (["decide"], ["record"]):
-            decide(*argv)
-        else:
-            prepare(parse_arguments(argv))
+            return decide(*argv)
+        prepare(parse_arguments(argv))
     except subprocess.CalledProcessError as error:
         print(f"prepare.py: error: git: {error.stderr.strip()}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ def command(*words, page=ONE_GPU, but="nothing of this kind"):
 
 
 DECIDE, RECORD = (command(f"run prepare.py {word}\n", but="git status").strip() for word in ("decide", "record"))
+(TAIL,) = re.findall(r"`(tail -n 30 [^`]*)`", ONE_GPU)
 
 
 class Clone:
@@ -89,12 +91,12 @@ class Clone:
             time.sleep(0.2)
         return self.sh("cat run.log")
 
-    def decide(self, ok=True):
+    def decide(self):
         """What `decide` prints, on one stream"""
-        return self.sh(f"{DECIDE} 2>&1", ok)
+        return self.sh(f"{DECIDE} 2>&1")
 
-    def record(self, veto=""):
-        return self.sh(f"{RECORD} {veto} 2>&1")
+    def record(self, veto="", ok=True):
+        return self.sh(f"{RECORD} {veto} 2>&1", ok)
 
     def processes(self):
         """The pids of what runs train.py in this clone"""
@@ -142,13 +144,13 @@ def test_a_night_in_small(clone):
     baseline = clone.sh("git rev-parse HEAD")[:7]
     scores = [float(row[1]) for row in clone.rows()[1:]]
     assert [row[0] for row in clone.rows()[1:]] == [baseline] * 3 and len(set(scores)) == 3
-    M = 2 / 3 * (max(scores) - min(scores))
-    assert f"head {min(scores):.6f}, margin {M:.6f}, 0 discards since" in clone.decide()  # nothing new
+    head, margin = statistics.mean(scores), 1.5 * statistics.stdev(scores)
+    assert f"head {head:.6f}, margin {margin:.6f}, 0 waves since the last keep: " in clone.decide()  # nothing new
 
     # One that is kept. Asked twice, it has one row
     clone.edit(SCORE, f"{SCORE} / 2")
-    clone.sh(command("git commit").replace("DESCRIPTION", "batch 2^9"))
-    assert "not ended: ." in clone.decide(ok=False)
+    clone.sh(command("git commit -qam").replace("WHAT CHANGES", "batch 2^9"))
+    assert "not ended: run.log has no run of " in clone.decide() and "not ended" in clone.record(ok=False)
     clone.run()
     assert "\tkeep\tbatch 2^9, " in clone.decide() and len(clone.rows()) == 4
     clone.record()
@@ -156,30 +158,41 @@ def test_a_night_in_small(clone):
     kept = clone.sh("git rev-parse HEAD")[:7]
     assert len(clone.rows()) == 5 and clone.rows()[-1][0] == kept
 
-    # One that is discarded: row, tag, reset
+    # One that is discarded: row, tag, reset. Nothing that has no commit is lost
     clone.edit(SCORE, f"{SCORE} * 2")
-    clone.sh("git commit -qam 'softcap\t3'")
+    clone.sh("git commit -qam 'checkpoint\tactivations'")
     clone.run()
     (clone.folder / "README.md").write_text("the human's own, not committed")
     discarded = clone.sh("git rev-parse HEAD")[:7]
-    assert "\tdiscard\tsoftcap 3, " in clone.record()
+    clone.edit("WARMDOWN_RATIO: float = 0.5", "WARMDOWN_RATIO: float = 0.6")  # the next idea, too early
+    assert "train.py has changes without a commit" in clone.record(ok=False) and len(clone.rows()) == 5
+    clone.sh("git stash push -q train.py")
+    assert "\tdiscard\tcheckpoint activations, " in clone.record()
     assert clone.sh("git rev-parse HEAD")[:7] == kept
     assert (clone.folder / "README.md").read_text() == "the human's own, not committed"
-    clone.sh("git checkout -q README.md")
-    assert ", 1 discards since" in clone.decide()
+    clone.sh("git restore README.md && git stash drop -q")
+    assert ", 1 waves since" in clone.decide()
 
-    # One that crashes, and one with another seed, which is no idea
+    # One that crashes, with a line that is too long to show
     clone.edit("HEAD_DIM=32", "HEAD_DIM=31")
+    clone.edit("def main():", "def main():\n    print('x' * 10**6)")
     clone.sh("git commit -qam 'odd heads'")
-    assert "val_bpb" not in clone.run(seed=5) and "exit: 1" in clone.sh("tail -n 30 run.log")
+    assert "val_bpb" not in clone.run() and "exit: 1" in clone.sh(TAIL) and len(clone.sh(TAIL)) < 7000
     crashed = clone.sh("git rev-parse HEAD")[:7]
     assert f"{crashed}\t0.000000\t0.0\tcrash\todd heads: " in clone.record()
 
+    # One whose time was exceeded: no commit stands for its number
+    clone.edit(SCORE, f"time.sleep(5)\n    {SCORE} / 2")
+    clone.sh("git commit -qam 'too late'")
+    assert "\nrow:              -------\t" in clone.run()
+    late = clone.sh("git rev-parse HEAD")[:7]
+    assert f"{late}\t0.000000\t0.0\tcrash\ttoo late: training took" in clone.record()
+
     # One that was killed, and one that would be kept, but for the human's limits
-    clone.edit("    gc.freeze()", "    print('hanging', flush=True); time.sleep(500)\n    gc.freeze()")
+    clone.edit("    gc.freeze()", "    print('hanging', end='', flush=True); time.sleep(500)\n    gc.freeze()")
     clone.sh("git commit -qam 'hang'")
     clone.run(until="hanging")
-    assert "not ended: ." in clone.decide(ok=False)
+    assert "not ended: run.log: hanging" in clone.decide()
     for pid in clone.processes():
         os.kill(pid, signal.SIGKILL)
     hung = clone.sh("git rev-parse HEAD")[:7]
@@ -193,7 +206,18 @@ def test_a_night_in_small(clone):
     clone.record("discard")
     assert clone.rows()[-1][3] == "discard"
 
-    # An honest look: the baseline on another seed, and back
+    # Slips: another seed for an idea, and an idea of two commits
+    clone.edit("WARMDOWN_RATIO: float = 0.5", "WARMDOWN_RATIO: float = 0.6")
+    clone.sh("git commit -qam 'longer warm-down'")
+    clone.run(seed=5)
+    assert "an idea has the seed 0, this run had 5" in clone.record(ok=False)
+    clone.edit("WARMDOWN_RATIO: float = 0.6", "WARMDOWN_RATIO: float = 0.7")
+    clone.sh("git commit -qam 'even longer'")
+    clone.run()
+    assert f"must be one commit on top of {kept}" in clone.record(ok=False)
+    clone.sh(f"git reset -q --keep {kept}")
+
+    # The check: the baseline on another seed, and back
     clone.sh(command("--detach"))
     assert clone.sh("git rev-parse HEAD")[:7] == baseline
     clone.run(100)
@@ -216,6 +240,7 @@ def test_a_night_in_small(clone):
         (kept, "keep"),
         (discarded, "discard"),
         (crashed, "crash"),
+        (late, "crash"),
         (hung, "crash"),
         (vetoed, "discard"),
         (baseline, "keep"),
@@ -225,8 +250,12 @@ def test_a_night_in_small(clone):
     assert clone.sh("git ls-files results.tsv run.log") == ""
     assert clone.sh("git log --format=%h -n 2").split() == [kept, baseline]
     tags = clone.sh("git tag").split()
-    assert sorted(tags) == sorted(f"tried/{commit}" for commit in (discarded, crashed, hung, vetoed))
+    assert sorted(tags) == sorted(f"tried/{commit}" for commit in (discarded, crashed, late, hung, vetoed))
     assert all(clone.sh(f"git rev-parse tried/{commit}")[:7] == commit for commit in (discarded, crashed, hung))
+
+    # On no branch of a night nothing is decided
+    clone.sh("git switch -q main")
+    assert "this is main: git switch to it" in clone.record(ok=False)
 
 
 BASE = ["1.000 keep", "1.003 keep", "1.006 keep"]
@@ -268,5 +297,5 @@ def test_no_command_can_lose_work():
         for word in ("git clean", "--hard", "rm ", "git checkout", "git push", "stash"):
             assert word not in text
     assert not any("timeout" in text for text in blocks(ONE_GPU))  # a Mac has no such command
-    assert len(PAGE.splitlines()) <= 170
+    assert len(PAGE.splitlines()) <= 180
     assert "git status --porcelain` must print nothing" in ONE_GPU

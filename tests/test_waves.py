@@ -24,7 +24,7 @@ START = {True: command("sbatch", page=SEVERAL_GPUS), False: command("nohup", pag
 (CLEAN,) = re.findall(r"`(for w in [^`]*)`", SEVERAL_GPUS)
 
 NOISE = [0.003, 0, -0.001, 0.002, 0.001, -0.003, -0.002, 0]  # of seeds 0 to 7; others by their last digit
-BAR = 1 - 1.75 * statistics.stdev(NOISE)
+BAR = 1 - 1.5 * statistics.stdev(NOISE)
 STAND_IN = f"""
 VALUE = 1.0
 #
@@ -52,7 +52,7 @@ while not os.path.exists("../go") and time.time() < began + 120: time.sleep(0.1)
 class Night(Clone):
     """An agent without memory: it does what the page and the last command say."""
 
-    def __init__(self, folder, gpus, monkeypatch, slurm=None, train=STAND_IN, cache="/nowhere", limit=100):
+    def __init__(self, folder, gpus, monkeypatch, slurm=None, train=STAND_IN, cache="/nowhere"):
         super().__init__(folder / "clone", cache)
         self.slurm = slurm
         if slurm:
@@ -63,9 +63,8 @@ class Night(Clone):
         if train:
             (self.folder / "train.py").write_text(train)
             self.sh("git commit -qam 'a stand-in'")
-        self.sh("git switch -q -c autoresearch/t; touch results.tsv")
-        assert WORKTREES.count(" 1000 ") == 1
-        self.sh(WORKTREES.replace("seq K", f"seq {gpus}").replace(" 1000 ", f" {limit} "))
+        self.sh("git switch -q -c autoresearch/t")
+        self.sh(WORKTREES.replace("seq K", f"seq {gpus}"))
         self.all = range(1, gpus + 1)
         self.base, self.commits = self.head(), {self.head()}
         for name, value in self.env.items():  # decide runs in this process: it needs seconds to start as one of its own
@@ -114,18 +113,19 @@ class Night(Clone):
             except OSError:
                 pass
 
-    def decide(self, capsys, what="decide", veto=""):
+    def decide(self, capsys, *command):
         """(what it printed, "" or the error)"""
         capsys.readouterr()
         try:
-            prepare.decide(what, *([veto] if veto else []))
+            prepare.decide(*command or ["decide"])
             return capsys.readouterr().out, ""
         except prepare.PrepareError as error:
             return capsys.readouterr().out, str(error)
 
     def waiting(self, capsys):
-        found = re.findall(r"\.waves/(\d+)", self.decide(capsys)[1])
-        return [int(i) for i in found]
+        printed, error = self.decide(capsys)
+        assert not error
+        return [int(i) for i in re.findall(r"\.waves/(\d+)", printed)] if printed.startswith("not ended: ") else []
 
     def idea(self, i, value, fault="", what=None, name="VALUE"):
         path = self.folder / f".waves/{i}/train.py"
@@ -161,7 +161,7 @@ class Night(Clone):
         rows = self.rows()
         assert rows[0] == prepare.HEADER.split("\t")
         assert all(len(row) == 5 for row in rows)
-        ideas = [row for row in rows[1:] if not re.search("baseline, seed|^check, seed", row[4])]
+        ideas = [row for row in rows[1:] if not re.search("(baseline|check), seed", row[4])]
         assert Counter(row[0] for row in ideas) == Counter(self.commits - {self.base})
         assert len({(row[0], row[4]) for row in rows}) == len(rows)
         kept = [row[0] for row in ideas if row[3] == "keep"]
@@ -172,7 +172,8 @@ class Night(Clone):
         assert set(self.heads(*self.all)) == {self.head()}
 
     def statuses(self, wave):
-        return [(row[3], row[1]) for row in self.rows() if row[4].startswith(f"wave {wave}: ")]
+        rows = [row for row in self.rows() if row[4].startswith(f"wave {wave}: ")]
+        return [(row[3], row[1]) for row in sorted(rows, key=lambda row: float(row[1]))]
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,7 @@ def test_waves_of_eight_through_slurm(tmp_path, slurm, monkeypatch, capsys):
         night.idea(i, f"{value - NOISE[0] - (i in (2, 4)):.6f}", name="MORE" if i in (2, 4) else "VALUE")
     others = [f"tried/{night.head(i)}" for i in (2, 4, 5)]
     printed = night.wave(capsys)
-    assert f"head 1.000000, margin {1 - BAR:.6f}, 0 discards since: keep below {BAR:.6f}, " in printed
+    assert f"head 1.000000, margin {1 - BAR:.6f}, 0 waves since the last keep: keep below {BAR:.6f}, " in printed
     assert printed.endswith(f"one of the next ideas, on the new head: {' '.join(others)}\n")
     assert [status for status, _ in night.statuses(2)] == ["keep"] + ["discard"] * 7
 
@@ -220,22 +221,22 @@ def test_waves_of_eight_through_slurm(tmp_path, slurm, monkeypatch, capsys):
     assert "one of the next" in night.wave(capsys, only=[1, 2])  # both passed
     assert night.statuses(3) == [("keep", "0.847000"), ("discard", "0.902000")]
 
-    # The check: baseline and branch on three fresh seeds, the branch stays. Wave 4: simpler code is kept
+    # Waves 4 and 5, the check: baseline and branch on three fresh seeds, the branch stays. Wave 6: simpler code is kept
     before = night.head()
     night.sh(CHECK)
     night.wave(capsys, "100 101 102", [1, 2, 3])
     night.wave(capsys, "100 101 102", [1, 2, 3])
-    checks = [(row[0], row[1], row[3], row[4]) for row in night.rows() if row[4].startswith("check")]
+    checks = [(row[0], row[1], row[3], row[4]) for row in night.rows() if ": check" in row[4]]
     values = [(before, 0.844), (night.base, 1.0)]
     assert sorted(checks) == sorted(
-        (c, f"{value + NOISE[s % 10]:.6f}", "keep", f"check, seed {s}, 9 steps")
-        for c, value in values
+        (c, f"{value + NOISE[s % 10]:.6f}", "keep", f"wave {wave}: check, seed {s}, 9 steps")
+        for wave, (c, value) in zip((5, 4), values)
         for s in (100, 101, 102)
     )
     night.idea(1, 0.901, what="worse")
     night.idea(2, 0.898, what="simpler: less code")
     night.wave(capsys, only=[1, 2])
-    assert night.statuses(4) == [("keep", "0.848000"), ("discard", "0.851000")] and night.head() != before
+    assert night.statuses(6) == [("keep", "0.848000"), ("discard", "0.851000")] and night.head() != before
     assert "head 0.847000, " in night.decide(capsys)[0]  # simpler code does not raise the bar
 
     # The end: only branch, tags and table are left
@@ -254,13 +255,13 @@ def parent(pid):
 
 
 def test_every_fault_through_slurm(tmp_path, slurm, monkeypatch, capsys):
-    night = Night(tmp_path, 8, monkeypatch, slurm, limit=20)
+    night = Night(tmp_path, 8, monkeypatch, slurm)
     night.baselines()
     faults = {
         1: "commit = '-------'",
         2: "raise SystemExit('no memory')",
         3: "VALUE = float('nan')",
-        4: "time.sleep(99)",
+        4: "print('x' * 10**7); raise SystemExit('y' * 10**7)",
     }
     faults |= dict.fromkeys((5, 6, 7), HANG)
     for i in night.all:
@@ -271,7 +272,7 @@ def test_every_fault_through_slurm(tmp_path, slurm, monkeypatch, capsys):
     # Cancelled while it runs; its job script killed; killed itself, as by a lack of memory: that is a crash
     night.wait(lambda: all(night.starts(night.head(i)) for i in (5, 6, 7)))
     slurm.run("scancel", jobs(night)["5"])
-    os.kill(parent(parent(night.pid(6))), signal.SIGKILL)
+    os.kill(parent(night.pid(6)), signal.SIGKILL)
     os.kill(night.pid(7), signal.SIGKILL)
     (night.folder / ".waves/go").touch()
     night.wait(lambda: not night.alive())
@@ -365,9 +366,9 @@ def test_waves_without_slurm(tmp_path, monkeypatch, capsys):
     assert re.search(r"ran: here:(\d)", night.log(1))[1] == "0"
     night.start()  # while they run: nothing happens to these
     time.sleep(2)
-    # The machine goes down: a run, its time limit and its script
+    # The machine goes down: a run and its script
     pid = night.pid(2)
-    for one in (parent(parent(pid)), parent(pid), pid):
+    for one in (parent(pid), pid):
         os.kill(one, signal.SIGKILL)
     assert night.waiting(capsys)[:2] == [2, 3]
     (night.folder / ".waves/go").touch()
@@ -389,36 +390,35 @@ def test_slips_of_the_agent(tmp_path, monkeypatch, capsys):
     night.idea(2, 0.6)
     night.start("0 1")  # ideas with seeds
     night.wait(lambda: not night.alive())
-    assert "its seed must be 0" in night.decide(capsys, "record")[1] and len(night.rows()) == 5
+    assert "an idea has the seed 0" in night.decide(capsys, "record")[1] and len(night.rows()) == 5
     night.start(only=[2])
     night.wait(lambda: not night.alive())
-    # Git refuses to move the branch over an edit: the record stops, and can be done again
-    (night.folder / "train.py").write_text("an edit")
-    with pytest.raises(prepare.subprocess.CalledProcessError, match="merge"):
-        night.decide(capsys, "record")
-    night.sh("git restore train.py")
+    # Nothing is moved over an edit that has no commit
+    (night.folder / ".waves/1/train.py").write_text("an edit")
+    assert ".waves/1/train.py has changes without a commit" in night.decide(capsys, "record")[1]
+    night.sh("git -C .waves/1 restore train.py")
     night.decide(capsys, "record")
     night.consistent()
     assert [[row[1], *row[3:]] for row in night.rows()[-2:]] == [
-        ["0.603000", "keep", "wave 3: idea 2, 9 steps"],
         ["0.803000", "discard", "wave 3: check whether tabs do harm, 9 steps"],
+        ["0.603000", "keep", "wave 3: idea 2, 9 steps"],
     ]
     night.sh("git switch -q main")
-    assert "for a branch autoresearch/" in night.decide(capsys, "record")[1]
+    assert "this is main: git switch to it" in night.decide(capsys, "record")[1]
 
 
 def test_baselines_that_crash(tmp_path, monkeypatch, capsys):
     night = Night(tmp_path, 2, monkeypatch, train=STAND_IN.replace('FAULT = ""', 'FAULT = "raise SystemExit(1)"'))
     night.start("0 1")
     night.wait(lambda: not night.alive())
-    assert "only an idea may crash" in night.decide(capsys, "record")[1]
+    assert "must have a number" in night.decide(capsys, "record")[1]
 
 
 def test_the_real_train_py(tmp_path, slurm, cache, monkeypatch, capsys):
     night = Night(tmp_path, 2, monkeypatch, slurm, train=None, cache=cache)
     night.env["OMP_NUM_THREADS"] = "1"  # two threads each on two cores wait for one another, beyond the budget
     night.wave(capsys, "0 1")
-    rows = sorted(night.rows()[1:], key=lambda row: row[4])
+    rows = night.rows()[1:]
     assert [row[3] for row in rows] == ["keep"] * 2, rows
     for seed, row in enumerate(rows):
         assert re.fullmatch(rf"wave 1: baseline, seed {seed}, [1-9]\d* steps", row[4])
