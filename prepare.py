@@ -31,7 +31,7 @@ import sys
 import sysconfig
 import time
 from array import array
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -75,7 +75,7 @@ TOKENIZER_DOC_CHARS = 10_000  # of one document, so that no long document domina
 
 DOCUMENT_CHARS = 4_000  # .txt and source files are cut into documents of about this length
 SOURCE_VAL_SHARE = 0.05  # share of the bytes of `--corpus source` that is validation
-BUFFER_DOCS = 1_000  # documents from which a row is packed
+BUFFER_DOCS, REFILL_DOCS = 1_000, 128  # documents from which a row is packed; documents read at a time
 PREFETCH = 3  # batches made ahead
 
 CAUSALITY_ROWS = 64  # validation rows on which causality is checked, each at a random position of its own
@@ -101,9 +101,15 @@ class EvaluationError(Exception):
 # Cache: one folder for everything prepared, and a manifest that says what is in force
 
 
+MANIFEST = "autoresearch-manifest.json"
+
+
 def cache_dir():
     """The folder of everything prepared: `~/.cache/autoresearch`, or AUTORESEARCH_CACHE."""
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser()
+    folder = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+    if not folder.is_absolute():  # a worktree would look elsewhere
+        raise PrepareError(f"AUTORESEARCH_CACHE={folder} is a relative path: name the folder with its whole path")
+    return folder
 
 
 def checksum(path, chunk=1 << 24, most=128):
@@ -141,7 +147,7 @@ def atomic_write(path):
 @contextlib.contextmanager
 def cache_lock(cache):
     """Lets one prepare.py at a time work in a cache. The lock ends with its process, also after kill -9."""
-    with open(cache / ".lock", "w") as f:
+    with open(cache / ".autoresearch-lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -155,7 +161,7 @@ def cache_lock(cache):
 @cache
 def load_manifest(cache):
     """What is in force in the cache folder: constants, files with their checksums, the command that made it."""
-    path = cache / "manifest.json"
+    path = cache / MANIFEST
     if not path.exists():
         hint = "run `uv run prepare.py` (without GPU or download: --corpus source)"
         raise PrepareError(f"nothing is prepared in {cache}: {hint}")
@@ -311,6 +317,8 @@ def climbmix_corpus(folder, num_shards, workers):
 REPO = "karpathy/climbmix-400b-shuffle"
 LAST_SHARD = 6542
 VAL_SHARD = f"shard_{LAST_SHARD:05d}.parquet"  # pinned: never trained on
+SHARD_BYTES = 100_000_000  # about
+INCOMING = ".autoresearch-incoming"  # what is being fetched; emptied after each attempt
 HUB_TIMEOUT = 5  # seconds until a hub that does not answer counts as unreachable
 RETRY_PAUSES = (1, 5, 25)  # seconds before the second, third and fourth attempt
 
@@ -320,8 +328,12 @@ def require_hub():
 
     huggingface_hub by itself takes half a minute to say that nothing answers.
     """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     try:
+        if HF_HUB_OFFLINE:
+            raise requests.ConnectionError("HF_HUB_OFFLINE is set")
         requests.head(endpoint, timeout=HUB_TIMEOUT)
     except requests.RequestException as error:
         hint = "check network, proxy (HTTPS_PROXY) and mirror (HF_ENDPOINT); `--corpus source` needs no network"
@@ -343,7 +355,7 @@ def fetch_shard(path, endpoint):
     from huggingface_hub import hf_hub_download
 
     # In its own cache the library names each blob by the sha256 that the hub announces. It compares only the lengths.
-    options = dict(repo_type="dataset", endpoint=endpoint, cache_dir=path.parent / "incoming")
+    options = dict(repo_type="dataset", endpoint=endpoint, cache_dir=path.parent / INCOMING)
     blob = Path(hf_hub_download(REPO, path.name, **options)).resolve()
     if checksum(blob) != blob.name:
         blob.unlink()
@@ -372,12 +384,18 @@ def download_shards(names, folder, workers):
         missing = [name for name in names if not (folder / name).exists()]
         if not missing:
             return
+        needed = SHARD_BYTES * (len(missing) + len(names))  # the token files take about as much as all shards
+        if (free := shutil.disk_usage(folder).free) < needed:
+            text = f"{folder} has {free / 1e9:.1f} GB free, shards and token files need about {needed / 1e9:.1f} GB"
+            raise PrepareError(f"{text}: ask for fewer (--num-shards), or use another disk (AUTORESEARCH_CACHE=/path)")
         endpoint = require_hub()
         with ThreadPool(min(workers, len(missing))) as pool:  # its threads don't survive Ctrl-C
             fetched = pool.imap_unordered(fetch, missing)
             problems = sorted(filter(None, tqdm(fetched, "download", len(missing), unit="shard", disable=None)))
-        shutil.rmtree(folder / "incoming", ignore_errors=True)
-        if problems and pause:
+        shutil.rmtree(folder / INCOMING, ignore_errors=True)
+        if all(re.search(r"\(HTTP 40[134]\)", problem) for problem in problems):
+            break  # another attempt changes nothing
+        if pause:
             print(f"{len(problems)} shards are missing, {problems[0]}: next attempt in {pause} s", flush=True)
             time.sleep(pause)
     if problems:
@@ -588,25 +606,27 @@ def device_name():
 def pack_rows(offsets, T, forever):
     """Best-fit packing: yields (row, epoch), a row being [(start, length), …] of T + 1 tokens together.
 
-    A row is filled from a buffer of BUFFER_DOCS documents with the longest document that fits whole. Where none fits,
-    it takes the beginning of the shortest one, whose rest is dropped. Among equals the one read first is taken.
+    A row is filled from a buffer of documents with the longest one that fits whole. Where none fits, it takes the
+    beginning of the shortest one, whose rest is dropped. Among equals the one read first is taken. The buffer takes in
+    REFILL_DOCS documents whenever it has fewer than BUFFER_DOCS: one by one, documents longer than a row would fill it.
     No padding: a row that the end of the data leaves unfilled is dropped. `epoch` counts passes over the data from 1.
     """
-    stream = document_stream(offsets, forever)
-    buffer, documents, last = sorted(islice(stream, BUFFER_DOCS)), len(offsets) - 1, 0
-    while buffer:
+    stream, buffer = document_stream(offsets, forever), []
+    documents, last = len(offsets) - 1, 0
+    while True:
         row, room = [], T + 1
-        while room and buffer:
+        while room:
+            while len(buffer) < BUFFER_DOCS and (more := list(islice(stream, REFILL_DOCS))):
+                buffer = sorted(buffer + more)
+            if not buffer:
+                return
             i = bisect_left(buffer, (room + 1,))  # the first that is too long
             if i:
                 i = bisect_left(buffer, (buffer[i - 1][0],))  # the first of the longest that fit
             length, serial, start = buffer.pop(i)
             row.append((start, min(length, room)))
             room, last = max(room - length, 0), max(last, serial)
-            for document in islice(stream, 1):
-                insort(buffer, document)
-        if room == 0:
-            yield row, last // documents + 1
+        yield row, last // documents + 1
 
 
 def document_stream(offsets, forever):
@@ -1114,12 +1134,15 @@ def prepare(args):
         try:
             before = load_manifest(cache)
         except PrepareError:
-            before = {"files": {}}
-        checksums = dict(before["files"].values())
+            before = None
+        checksums, damaged = (
+            dict(before["files"].values()) if before else {},
+            not before and (cache / MANIFEST).exists(),
+        )
 
         def up_to_date(path):
-            """A file's name has the key of what it was made from, and a file that exists is complete."""
-            return path.exists() and checksums.get(path.name) in (None, checksum(path))
+            """A file's name has the key of what it was made from. A file that exists is complete, unless damaged since."""
+            return path.exists() and not damaged and checksums.get(path.name) in (None, checksum(path))
 
         if args.corpus == "climbmix":
             train, val, note = climbmix_corpus(cache / "data", args.num_shards, args.download_workers)
@@ -1176,16 +1199,16 @@ def write_manifest(cache, args, vocab_size, files):
     manifest = {"command": args.command, "constants": dict(zip(names, values))}
     manifest["files"] = {kind: [path.name, checksum(path)] for kind, path in files.items()}
     text = json.dumps({**manifest, "checksum": cache_key(manifest)}, indent=1).encode()
-    path = cache / "manifest.json"
+    path = cache / MANIFEST
     if not path.exists() or path.read_bytes() != text:
         with atomic_write(path) as f:
             f.write(text)
     forget_cache()
     in_force = {path.name for path in files.values()}
-    for pattern in ("tokenizer-*", "train-*", "val-*", "*.tmp-*"):
-        for path in cache.glob(pattern):
-            if path.name not in in_force:
-                path.unlink()
+    made_here = re.compile(rf"((tokenizer|train|val)-[0-9a-f]{{12}}\.(bpe|bin|idx)|{re.escape(MANIFEST)})(\.tmp-\d+)?")
+    for path in cache.iterdir():  # the folder may hold files that are not ours
+        if made_here.fullmatch(path.name) and path.name not in in_force | {MANIFEST} and path.is_file():
+            path.unlink()
     return manifest
 
 

@@ -76,7 +76,7 @@ def folder(tmp_path, hub):
 def download(folder, *names, workers=4):
     prepare.download_shards(list(names or NAMES), folder, workers)
     assert {*(names or NAMES)} <= {*present(folder)}
-    assert {path.name for path in folder.iterdir()} <= {*NAMES, ".lock"}  # nothing half-fetched
+    assert {path.name for path in folder.iterdir()} <= {*NAMES, ".autoresearch-lock"}  # nothing half-fetched
 
 
 def error_of(folder, *names):
@@ -186,7 +186,7 @@ def test_kill_9_and_a_second_run(hub, folder):
     wait_until(lambda: hub.seen("storage", A) and present(folder) == [VAL], "one of two shards")
     first.kill()
     first.communicate()
-    assert (folder / "incoming").exists()  # half a shard, under another name
+    assert (folder / prepare.INCOMING).exists()  # half a shard, under another name
     hub.requests.clear()
     download(folder, A, VAL)
     assert hub.seen("storage", VAL) == []

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -15,23 +16,24 @@ from conftest import ROOT, run_python
 import prepare
 
 
-def slow_rows(documents, T, passes):
-    """Rows of T + 1 tokens: the words of `pack_rows`, one by one. documents: lists of int."""
-    unread = (document for _ in range(passes) for document in documents)
-    buffer = list(islice(unread, 1000))
+def slow_rows(offsets, T, passes):
+    """Rows of (start, length) of T + 1 tokens together: the words of `pack_rows`, one by one."""
+    unread = ((end - start, start) for _ in range(passes) for start, end in pairwise(offsets.tolist()))
+    buffer = []
     while True:
-        row = []
-        while len(row) < T + 1:
+        row, room = [], T + 1
+        while room:
+            while len(buffer) < 1000 and (more := list(islice(unread, 128))):
+                buffer += more
             if not buffer:
                 return
-            room = T + 1 - len(row)
-            whole = [document for document in buffer if len(document) <= room]
+            whole = [document for document in buffer if document[0] <= room]
             # max and min give the first of equals, and the buffer is in the order of reading
-            picked = max(whole, key=len) if whole else min(buffer, key=len)
-            at = next(i for i, document in enumerate(buffer) if document is picked)
-            del buffer[at]
-            buffer.extend(islice(unread, 1))
-            row += picked[:room]
+            picked = max(whole, key=itemgetter(0)) if whole else min(buffer, key=itemgetter(0))
+            buffer.remove(picked)
+            length, start = picked
+            row.append((start, min(length, room)))
+            room -= row[-1][1]
         yield row
 
 
@@ -56,11 +58,21 @@ def test_rows_are_those_of_the_slow_packer(count, longest, T):
     tokens, offsets = as_files(documents)
     B, steps = 5, 30
     loader = prepare.batches(tokens, offsets, B, T, torch.device("cpu"))
-    expected = slow_rows(documents, T, passes=10**9)
+    rows_of_pieces = slow_rows(offsets, T, passes=10**9)
     for x, y, _ in islice(loader, steps):
-        rows = torch.tensor(list(islice(expected, B)))
+        pieces = [[tokens[start : start + length] for start, length in row] for row in islice(rows_of_pieces, B)]
+        rows = torch.tensor(np.array([np.concatenate(row) for row in pieces]).astype(np.int64))
         assert x.shape == y.shape == (B, T) and x.dtype == y.dtype == torch.int64
         assert torch.equal(x, rows[:, :-1]) and torch.equal(y, rows[:, 1:])
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.2, 2.0])
+def test_rows_of_many_documents_are_those_of_the_slow_packer(sigma):
+    """Long enough for the buffer to fill with documents that are longer than a row, were it refilled one by one."""
+    lengths = np.random.default_rng(0).lognormal(np.log(500) - sigma**2 / 2, sigma, 12_000).astype(np.int64) + 2
+    offsets = np.cumsum([0, *lengths])
+    rows = [row for row, _ in prepare.pack_rows(offsets, 1023, forever=False)]
+    assert rows == list(slow_rows(offsets, 1023, passes=1))
 
 
 def test_a_worked_example():

@@ -251,7 +251,7 @@ def test_vocabulary_of_260_is_the_bytes():
 
 def test_no_pickle_in_the_cache(cache):
     for path in cache.iterdir():
-        assert path.suffix in (".json", ".bpe", ".bin", ".idx") or path.name == ".lock"
+        assert path.suffix in (".json", ".bpe", ".bin", ".idx") or path.name == ".autoresearch-lock"
     first = next(cache.glob("*.bpe")).read_text().splitlines()[0]
     assert first == "AA== 0"  # the byte 0 and its rank
 
@@ -261,7 +261,7 @@ def test_no_pickle_in_the_cache(cache):
 
 
 def stamps(folder):
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".autoresearch-lock"}
 
 
 def test_twice_does_nothing_and_other_options_redo_what_depends_on_them(own_cache, corpus, capsys):
@@ -273,11 +273,13 @@ def test_twice_does_nothing_and_other_options_redo_what_depends_on_them(own_cach
 
     assert run(capsys, *options, "--time-budget=7", "--seq-len=32")[0] == 0
     after = stamps(own_cache)
-    assert {name for name in before if after.get(name) != before[name]} == {"manifest.json"}
+    assert {name for name in before if after.get(name) != before[name]} == {"autoresearch-manifest.json"}
     assert (prepare.TIME_BUDGET, prepare.MAX_SEQ_LEN) == (7, 32)
 
     assert run(capsys, *options, "--vocab-size=300")[0] == 0
-    assert not set(stamps(own_cache)) & (set(before) - {"manifest.json"})  # all new, and nothing old is left behind
+    assert not set(stamps(own_cache)) & (
+        set(before) - {"autoresearch-manifest.json"}
+    )  # all new, and nothing old is left behind
     assert len(stamps(own_cache)) == len(before) and prepare.VOCAB_SIZE == 300
 
 
@@ -311,7 +313,7 @@ def test_small_validation_and_small_vocabulary_are_said(own_cache, corpus, capsy
 def test_every_file_damaged_or_missing_is_found_and_mended(own_cache, corpus, capsys):
     options = [f"--corpus={corpus}", *SMALL]
     assert run(capsys, *options)[0] == 0
-    good = {path.name: path.read_bytes() for path in own_cache.iterdir() if path.name != ".lock"}
+    good = {path.name: path.read_bytes() for path in own_cache.iterdir() if path.name != ".autoresearch-lock"}
     assert len(good) == 6
     for name, content in good.items():
         for place in (0, len(content) // 2, len(content) - 1):
@@ -325,14 +327,46 @@ def test_every_file_damaged_or_missing_is_found_and_mended(own_cache, corpus, ca
                     prepare.Tokenizer.from_directory()
                 assert "\n" not in str(caught.value)
         assert run(capsys, *options)[0] == 0
-        assert {path.name: path.read_bytes() for path in own_cache.iterdir() if path.name != ".lock"} == good
+        assert {
+            path.name: path.read_bytes() for path in own_cache.iterdir() if path.name != ".autoresearch-lock"
+        } == good
+
+
+def test_files_that_are_not_ours_stay(own_cache, corpus):
+    """The hub names data sets so. A folder whose name begins as our files do is no obstacle either."""
+    names = ["train-00000-of-00003.parquet", "val-1.bin", "tokenizer-x.bpe", "notes.tmp-1", "manifest.json", ".lock"]
+    (own_cache / "data" / "incoming").mkdir(parents=True)
+    for name in [*names, "data/incoming/a"]:
+        (own_cache / name).write_text("mine")
+    (own_cache / "train-logs").mkdir()
+    (own_cache / "train-0123456789ab.bin.tmp-77").write_text("what a killed prepare.py left")
+    assert prepare.main([f"--corpus={corpus}", *SMALL, "--vocab-size=300"]) == 0
+    assert [(own_cache / name).read_text() for name in [*names, "data/incoming/a"]] == ["mine"] * 7
+    assert (own_cache / "train-logs").is_dir() and not list(own_cache.glob("*.tmp-77"))
+
+
+def test_a_damaged_manifest_makes_no_damaged_file_good(own_cache, corpus):
+    assert prepare.main([f"--corpus={corpus}", *SMALL]) == 0
+    (bin_file,) = own_cache.glob("train-*.bin")
+    good = bin_file.read_bytes()
+    bin_file.write_bytes(good[:-2] + b"xx")
+    (own_cache / prepare.MANIFEST).write_text("{")
+    assert prepare.main([f"--corpus={corpus}", *SMALL]) == 0
+    assert bin_file.read_bytes() == good
+
+
+def test_a_relative_cache_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", "cache")
+    assert (
+        prepare.main(["--corpus=source"]) == 1 and "AUTORESEARCH_CACHE=cache is a relative" in capsys.readouterr().err
+    )
 
 
 def test_a_cache_of_another_version_is_named(own_cache, corpus, capsys):
     with pytest.raises(prepare.PrepareError, match="nothing is prepared"):
         prepare.Tokenizer.from_directory()
     own_cache.mkdir()
-    (own_cache / "manifest.json").write_text('{"layout": 1, "constants": {}, "checksum": "0123456789ab"}')
+    (own_cache / "autoresearch-manifest.json").write_text('{"layout": 1, "constants": {}, "checksum": "0123456789ab"}')
     (own_cache / "val-0123456789ab.bin").write_text("old")
     prepare.forget_cache()
     with pytest.raises(prepare.PrepareError, match=r"damaged.*: run `uv run prepare.py`"):
@@ -362,7 +396,7 @@ def test_half_a_copy_of_a_cache_is_made_whole(own_cache, corpus, capsys):
     for name in good:
         if name.endswith((".bin", ".idx")):
             (own_cache / name).write_bytes(good[name][: len(good[name]) // 16 * 8])
-            (own_cache / "manifest.json").unlink()
+            (own_cache / "autoresearch-manifest.json").unlink()
             assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
             assert {path.name: path.read_bytes() for path in own_cache.glob("[!.]*")} == good
 
@@ -461,7 +495,7 @@ def test_redirected_output_has_no_carriage_return(tmp_path, corpus):
     done = run_python("prepare.py", f"--corpus={corpus}", *SMALL, cache=tmp_path)
     assert done.returncode == 0 and "\r" not in done.stdout + done.stderr
     assert done.stderr == "" and len(done.stdout.splitlines()) < 12
-    assert json.loads((tmp_path / "manifest.json").read_text())["constants"]["MAX_SEQ_LEN"] == 64
+    assert json.loads((tmp_path / "autoresearch-manifest.json").read_text())["constants"]["MAX_SEQ_LEN"] == 64
 
 
 def test_numbers_in_the_token_files_fit(cache):
