@@ -65,6 +65,7 @@ def bash(tmp_path):
         env["UV_DEFAULT_INDEX"] = f"{url}/default"
 
         def run(script):
+            # The backend stands for an index whose address is fixed in uv
             script = script.replace("--torch-backend auto", f"--index {url}/amd")
             done = subprocess.run(["bash", "-ec", script], cwd=project, env=env, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
