@@ -1141,7 +1141,7 @@ def prepare(args):
         )
 
         def up_to_date(path):
-            """A file's name has the key of what it was made from. A file that exists is complete, unless damaged since."""
+            """A file's name has the key of what it was made from. A file that is there was complete."""
             return path.exists() and not damaged and checksums.get(path.name) in (None, checksum(path))
 
         if args.corpus == "climbmix":
