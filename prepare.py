@@ -201,13 +201,13 @@ def __getattr__(name):
 
 
 def fingerprint():
-    """12 hex digits over this file, the constants, the tokenizer and the validation tokens.
+    """12 hex digits over this file, PyTorch's version, the constants, the tokenizer and the validation tokens.
 
     Two values of val_bpb compare only if it is the same.
     """
     manifest = open_cache(cache_dir())
     files = [manifest["files"][kind] for kind in ("tokenizer", "val_tokens", "val_offsets")]
-    return cache_key(checksum(__file__), manifest["constants"], [expected for _name, expected in files])
+    return cache_key(checksum(__file__), torch.__version__, manifest["constants"], [expected for _, expected in files])
 
 
 # -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import ROOT, SMALL, prose, run_python
 
 import prepare
@@ -294,7 +295,7 @@ def test_new_text_for_training_leaves_validation(own_cache, corpus, tmp_path, ca
     assert {name.split("-")[0] for name in kept} == {"val"}
 
 
-def test_the_fingerprint_changes_with_what_numbers_depend_on(own_cache, corpus, capsys):
+def test_the_fingerprint_changes_with_what_numbers_depend_on(own_cache, corpus, capsys, monkeypatch):
     seen = set()
     for more in ([], ["--time-budget=6"], ["--vocab-size=380"], ["--eval-tokens=2048"]):
         assert run(capsys, f"--corpus={corpus}", *SMALL, *more)[0] == 0
@@ -302,6 +303,8 @@ def test_the_fingerprint_changes_with_what_numbers_depend_on(own_cache, corpus, 
     assert len(seen) == 4 and all(len(name) == 12 for name in seen)
     assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
     assert prepare.fingerprint() in seen  # made anew from the same text, it is the same
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert prepare.fingerprint() not in seen
 
 
 def test_small_validation_and_small_vocabulary_are_said(own_cache, corpus, capsys):
