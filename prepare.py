@@ -780,6 +780,8 @@ def start_run():
     device, budget = get_device(), open_cache(cache_dir())["constants"]["TIME_BUDGET"]
     # It runs in a thread of C, so it also ends a process that hangs in a kernel or a lock; with every thread's stack
     faulthandler.dump_traceback_later(budget + GRACE, exit=True, file=sys.__stderr__)
+    with contextlib.suppress(OSError):  # stdout is no file
+        fcntl.flock(sys.stdout, fcntl.LOCK_SH | fcntl.LOCK_NB)  # `decide` sees by it that this run is alive
     for split in ("train", "val"):
         read_tokens(split)  # open from now on: another prepare.py can't take the files away
     get_token_bytes()
@@ -1016,6 +1018,16 @@ def kept_commits(rows):
     return list(dict.fromkeys(commit for commit, _, _, status, _ in rows if status == "keep"))
 
 
+def is_written(log):
+    """Whether the run of this log is alive: it holds a lock on the file, which ends with its process."""
+    with open(log, "a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 def new_row(tree, rows):
     """The row (five str) that the run of `tree` adds to `rows`, None if there is none, or a str: what it waits for.
 
@@ -1029,7 +1041,7 @@ def new_row(tree, rows):
         idea = not rows or git("diff", "--name-only", kept[-1], commit, "--", "train.py", tree=tree)
         return f"{path} has no run of {commit}" if idea else None
     if not lines[-1].startswith("exit: "):
-        return f"{path}: {one_line(lines[-1])}"
+        return f"{path}: {'' if is_written(path) else 'was cut off, start it again: '}{one_line(lines[-1])}"
     block = dict(re.findall(r"^(\w+): +(.+)", log.rpartition("\n---\n")[2], re.MULTILINE))
     seed, number = block.get("seed", "0"), re.fullmatch(rf"{commit}\t\d+\.\d+\t\S+", block.get("row", ""))
     if seed in (DESCRIPTION.match(row[4])["seed"] or "0" for row in rows if row[0] == commit):
@@ -1046,7 +1058,7 @@ def new_row(tree, rows):
             raise PrepareError(f"{commit} must be one commit on top of {kept[-1]}: make it that, and run it again")
     if number:
         return [*block["row"].split("\t"), status, f"{one_line(text)}, {block['num_steps']} steps"]
-    reason = [*re.findall("^warning: (.+): no commit", log, re.MULTILINE), *lines[:-1][-1:]][0]
+    reason = [*re.findall("^warning: no commit stands for this run: (.+)", log, re.MULTILINE), *lines[:-1][-1:]][0]
     return [commit, "0.000000", "0.0", status, f"{one_line(text)}: {one_line(reason)}"]
 
 
@@ -1081,7 +1093,7 @@ def decide(command, veto=""):
     limits, (_, head, margin, n) = bars(facts)[0][len(rows) :], bars(facts[: len(rows)])
     if not math.isnan(head):
         bar = f"keep below {head - margin * (1 - n / KEEP_WAVES):.6f}, simpler code below {head + margin:.6f}"
-        print(f"head {head:.6f}, margin {margin:.6f}, {n} waves since the last keep: {bar}")
+        print(f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}")
     elif ideas:
         raise PrepareError(
             f"an idea needs a baseline with three numbers: git switch --detach {rows[0][0]}, run it first"
@@ -1104,6 +1116,7 @@ def decide(command, veto=""):
         with atomic_write(table) as f:
             f.write("".join("\t".join(row) + "\n" for row in [[HEADER], *rows, *new]).encode())
         follow(rows + new, branch, worktrees)
+        print(f"recorded: {branch or 'HEAD'} is at", git("log", "-1", "--format=%h %s")[:100])
     return 0
 
 

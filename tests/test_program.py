@@ -145,7 +145,7 @@ def test_a_night_in_small(clone):
     scores = [float(row[1]) for row in clone.rows()[1:]]
     assert [row[0] for row in clone.rows()[1:]] == [baseline] * 3 and len(set(scores)) == 3
     head, margin = statistics.mean(scores), 1.5 * statistics.stdev(scores)
-    assert f"head {head:.6f}, margin {margin:.6f}, 0 waves since the last keep: " in clone.decide()  # nothing new
+    assert f"head {head:.6f}, margin {margin:.6f}, n 0: " in clone.decide()  # nothing new
 
     # One that is kept. Asked twice, it has one row
     clone.edit(SCORE, f"{SCORE} / 2")
@@ -171,7 +171,7 @@ def test_a_night_in_small(clone):
     assert clone.sh("git rev-parse HEAD")[:7] == kept
     assert (clone.folder / "README.md").read_text() == "the human's own, not committed"
     clone.sh("git restore README.md && git stash drop -q")
-    assert ", 1 waves since" in clone.decide()
+    assert ", n 1: " in clone.decide()
 
     # One that crashes, with a line that is too long to show
     clone.edit("HEAD_DIM=32", "HEAD_DIM=31")
@@ -198,6 +198,10 @@ def test_a_night_in_small(clone):
     hung = clone.sh("git rev-parse HEAD")[:7]
     while "exit: " not in clone.sh("cat run.log"):
         time.sleep(0.1)
+    ended = clone.sh("cat run.log")
+    (clone.folder / "run.log").write_text(ended.partition("exit: ")[0])  # as if the machine had gone down
+    assert "not ended: run.log: was cut off, start it again: " in clone.decide()
+    (clone.folder / "run.log").write_text(ended)
     assert "\tcrash\thang: " in clone.record()
     clone.edit(SCORE, f"{SCORE} / 2")
     clone.sh("git commit -qam 'simpler: batch 2^8'")
