@@ -5,7 +5,7 @@ Of each wave of K runs (on one GPU a wave is one run)
     the best is kept if val_bpb < head - margin * (1 - n / KEEP_WAVES)
     the others below the bar are added together: one idea of the next wave
 
-The margin keeps luck out. But a kept run was lucky too: `head` is too low by about 0.7 sd, and real gains go
+The margin keeps luck out. But a kept run was lucky too: `head` is too low by about 0.6 sd, and real gains go
 unseen. So the bar rises while nothing is kept. The margin need not know K: more runs bring more luck, but also
 more gains, and the luckier a kept number is, the lower is the next bar.
 
@@ -127,7 +127,7 @@ def test_one_gpu_meets_its_aims():
     # The problem itself; a simulation without it would prove nothing about the cure.
     assert 0.39 < greedy[2] / greedy[1] < 0.43
     assert null_keeps(1, **GREEDY) > 4
-    # Nearly nine tenths of what greed gains, less than a quarter useless, two keeps from nothing.
+    # Nine tenths of what greed gains, to a point; a quarter useless; two keeps from nothing.
     assert chosen[0] >= 0.89 * greedy[0]
     assert chosen[2] / chosen[1] <= 0.25
     assert null_keeps(1) <= 2.25
