@@ -4,7 +4,6 @@ The one thing not real is uv: a stand-in on PATH runs this Python, since a scrat
 """
 
 import contextlib
-import math
 import os
 import re
 import shutil
@@ -17,8 +16,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, run_python
-
-import prepare
 
 PAGE = (ROOT / "program.md").read_text(encoding="utf-8")
 ONE_GPU, SEVERAL_GPUS = PAGE.split("\n## Several GPUs\n")
@@ -260,40 +257,6 @@ def test_a_night_in_small(clone):
     # On no branch of a night nothing is decided
     clone.sh("git switch -q main")
     assert "this is main: git switch to it" in clone.record(ok=False)
-
-
-BASE = ["1.000 keep", "1.003 keep", "1.006 keep"]
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        # head, margin, n, by hand
-        (BASE, (1.0, 0.004, 0)),
-        (["1.006 keep", "1.000 keep", "1.003 keep", "0.99 keep x"], (0.99, 0.004, 0)),
-        ([*BASE, *["1.1 discard x"] * 25], (1.0, 0.004, 25)),
-        ([*BASE, *["1.1 discard x"] * 80], (1.0, 0.004, 50)),
-        ([*BASE, "0 crash x", "2 discard x"], (1.0, 0.004, 1)),
-        ([*BASE, "1.002 keep simpler"], (1.0, 0.004, 0)),
-        ([*BASE, "0.9 keep check, seed 100"], (1.0, 0.004, 0)),
-        ([*BASE, "0.9 keep check whether checks are ideas"], (0.9, 0.004, 0)),
-        (["10.0 keep", "9.9 keep", "9.8 keep"], (9.8, 0.133333, 0)),
-        (BASE[:2], (math.nan, math.nan, 0)),
-        # waves: the mean, and 1.75 standard deviations
-        ([f"{value} keep wave 1: baseline" for value in (1.0, 1.001, 1.002)], (1.001, 0.00175, 0)),
-        (["1 keep wave 1: b", "2 keep wave 1: b", "0 keep wave 2: x", "-1 keep wave 2: simpler"], (-1, 1.237437, 0)),
-    ],
-)
-def test_the_bar_by_hand(rows, expected):
-    facts = []
-    for row in rows:
-        value, status, *text = row.split(" ", 2)
-        base = not text or text[0].startswith("wave 1")
-        facts.append(
-            ("ba5e11e" if base else f"{len(facts):07x}", float(value), status, *(text or ["baseline, seed 0"]))
-        )
-    _, *found = prepare.bars(facts)
-    assert found == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_no_command_can_lose_work():
