@@ -52,16 +52,21 @@ if not NIGHT:  # these two commands need none of it, and importing it takes seco
 
 IMPORTED_AT = time.monotonic()
 
+for name in ("stdout", "stderr"):
+    if getattr(sys, name) is None:  # closed by `>&-`: what goes there is lost, but the run is not
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
 # -----------------------------------------------------------------------------
 # Constants
 
-OPTIONS = {  # option of the command line: (lowest, highest, default at full scale, at laptop scale, meaning)
-    "time_budget": (1, 7 * 24 * 3600, 300, 60, "seconds a run trains"),
-    "seq_len": (1, 2**20, 2048, 256, "tokens a row"),
-    "vocab_size": (260, 65_536, 8192, 2048, "tokens in the vocabulary"),
-    "eval_tokens": (1, 2**40, 40 * 524_288, 2**18, "validation tokens scored"),
-    "num_shards": (-1, 6542, 10, 10, "training shards of climbmix, 100 MB each, or -1 for all"),
-    "download_workers": (1, 64, 8, 8, "shards fetched at a time"),
+SCALES = ("full", "desktop", "laptop")
+OPTIONS = {  # option of the command line: (lowest, highest, default at each of the SCALES, meaning)
+    "time_budget": (1, 7 * 24 * 3600, (300, 300, 60), "seconds a run trains"),
+    "seq_len": (1, 2**20, (2048, 1024, 256), "tokens a row"),
+    "vocab_size": (260, 65_536, (8192, 8192, 2048), "tokens in the vocabulary"),
+    "eval_tokens": (1, 2**40, (40 * 524_288, 2**22, 2**18), "validation tokens scored"),
+    "num_shards": (-1, 6542, (10, 10, 10), "training shards of climbmix, 100 MB each, or -1 for all"),
+    "download_workers": (1, 64, (8, 8, 8), "shards fetched at a time"),
 }
 
 # GPT-4's pattern, but with at most two digits a token: numbers must not fill a small vocabulary.
@@ -106,9 +111,9 @@ MANIFEST = "autoresearch-manifest.json"
 
 def cache_dir():
     """The folder of everything prepared: `~/.cache/autoresearch`, or AUTORESEARCH_CACHE."""
-    folder = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
-    if not folder.is_absolute():  # a worktree would look elsewhere
-        raise PrepareError(f"AUTORESEARCH_CACHE={folder} is a relative path: name the folder with its whole path")
+    folder = Path(os.path.expanduser(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"))
+    if not folder.is_absolute():  # a worktree would look elsewhere; without HOME a "~" stays
+        raise PrepareError(f"{folder} is a relative path: set AUTORESEARCH_CACHE to the whole path of a folder")
     return folder
 
 
@@ -581,6 +586,43 @@ def get_device():
     return torch.device(name)
 
 
+def bfloat16_works(device):
+    """Whether a run computes in bfloat16 on this device: CUDA of compute capability 8 or more. Else in float32.
+
+    Compiled code may ask too: the compiler takes the properties of a GPU for constants.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
+
+
+def default_scale(device):
+    if device.type == "cpu":
+        return "laptop"
+    large = bfloat16_works(device) and torch.cuda.get_device_properties(device).total_memory >= 38e9
+    return "full" if large else "desktop"
+
+
+def check_gpu(device, scale):
+    """Raises PrepareError if this GPU can't do what a run of this scale needs."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        oldest = min(map(int, re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))), default=0)
+        if 10 * major + minor < oldest:
+            text = f"{device_name()} has no kernels for compute capability {major}.{minor}, only from {oldest / 10} on"
+            raise PrepareError(f"{text}: install an older PyTorch, or use the CPU with DEVICE=cpu")
+    if scale == "full" and device.type != "cpu" and not bfloat16_works(device):
+        text = "scale full needs a GPU that has bfloat16 (CUDA, compute capability 8 or more)"
+        raise PrepareError(f"{text}, this is {device_name()}: `uv run prepare.py --scale desktop`", 2)
+
+
+def missing_gpu(device, scale):
+    """What to say if a GPU is expected here and PyTorch sees none, or None. DEVICE=cpu says that none is expected."""
+    driver = os.path.exists("/proc/driver/nvidia") or os.path.exists("/dev/dxg")  # NVIDIA's, the second in WSL2
+    if device.type != "cpu" or os.environ.get("DEVICE") or (scale == "laptop" and not driver):
+        return None
+    text = f"scale {scale}, but PyTorch {torch.__version__} (CUDA: {torch.version.cuda}) sees no GPU"
+    return text + ", although NVIDIA's driver is here: another PyTorch or driver is needed" * driver
+
+
 def peak_memory_mb():
     """Peak memory in MiB: allocated on a CUDA GPU, held by the driver for MPS, resident on a CPU."""
     device = get_device()
@@ -593,10 +635,10 @@ def peak_memory_mb():
 
 
 def device_name():
-    device = get_device()
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"Apple GPU, {platform.machine()}" if device.type == "mps" else f"CPU, {torch.get_num_threads()} thread(s)"
+    device, name = get_device(), f"CPU, {torch.get_num_threads()} thread(s)"
+    if device.type != "cpu":
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"Apple GPU, {platform.machine()}"
+    return f"{name}, torch {torch.__version__}"
 
 
 # -----------------------------------------------------------------------------
@@ -706,11 +748,12 @@ class Clock:
 
     def __init__(self):
         self.started = self.stopped = None
+        self.asked = [0.0, 0.0, 0.0]  # seconds() at the last three calls of time_is_up()
 
     def start(self):
         if self.started is None:
             self.started = time.monotonic()
-            if torch.cuda.is_available():
+            if get_device().type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # the warm-up's attempts are not the run's memory
         self.stopped = None
 
@@ -729,16 +772,25 @@ class Clock:
         """The used share of the budget, 0 to 1."""
         return min(self.seconds() / constants()["TIME_BUDGET"], 1.0)
 
+    def limit(self):
+        """Seconds after which a run is void: the last step may end a little after the budget."""
+        return 1.02 * constants()["TIME_BUDGET"] + 1
+
     def time_is_up(self):
-        return self.progress() >= 1.0
+        """Asked before each step: is the budget used, or would another step end beyond the limit?
+
+        A step is the longer one of the last two, and a tenth more, since no two take the same time.
+        """
+        self.asked = [*self.asked[1:], self.seconds()]
+        step = max(after - before for before, after in pairwise(self.asked))
+        return self.progress() >= 1.0 or self.asked[-1] + 1.1 * step > self.limit()
 
     def problem(self):
-        """Why the time of training breaks the rules, or None. The last step may end after the budget."""
-        budget = constants()["TIME_BUDGET"]
+        """Why the time of training breaks the rules, or None."""
         if self.started is None:
             return "no batch of training data was asked for, so the clock never ran"
-        if self.seconds() > 1.02 * budget + 1:
-            return f"training took {self.seconds():.1f} s of a budget of {budget} s"
+        if self.seconds() > self.limit():
+            return f"training took {self.seconds():.1f} s of a budget of {constants()['TIME_BUDGET']} s"
         return None
 
 
@@ -763,8 +815,8 @@ def find_commit():
     try:
         commit = git("rev-parse", "HEAD", tree=folder)
         changed = git("status", "--porcelain", "--ignored", "--", "train.py", tree=folder)
-    except (OSError, subprocess.CalledProcessError):
-        return None, "git names no commit here"
+    except (OSError, subprocess.CalledProcessError) as error:
+        return None, " ".join((getattr(error, "stderr", None) or str(error)).split())  # git names the remedy
     return (None, "train.py differs from its commit") if changed else (commit[:7], None)
 
 
@@ -777,9 +829,13 @@ def start_run():
     Raises PrepareError before anything has been computed.
     """
     global run_commit
-    device, budget = get_device(), open_cache(cache_dir())["constants"]["TIME_BUDGET"]
+    device, settings = get_device(), open_cache(cache_dir())["constants"]
+    check_gpu(device, settings["SCALE"])
+    if settings["SCALE"] != "laptop" and (problem := missing_gpu(device, settings["SCALE"])):
+        raise PrepareError(f"{problem}. To run on the CPU nevertheless: `DEVICE=cpu uv run train.py`")
     # It runs in a thread of C, so it also ends a process that hangs in a kernel or a lock; with every thread's stack
-    faulthandler.dump_traceback_later(budget + GRACE, exit=True, file=sys.__stderr__)
+    stderr = sys.__stderr__ or sys.stderr
+    faulthandler.dump_traceback_later(settings["TIME_BUDGET"] + GRACE, exit=True, file=stderr)
     with contextlib.suppress(OSError):  # stdout is no file
         fcntl.flock(sys.stdout, fcntl.LOCK_SH | fcntl.LOCK_NB)  # `decide` sees by it that this run is alive
     for split in ("train", "val"):
@@ -794,10 +850,12 @@ def start_run():
 def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, attention):
     """Print the block that every tool greps. The harness adds what it knows itself. The run is over after it."""
     faulthandler.cancel_dump_traceback_later()
-    memory = peak_memory_mb()
-    commit, changed = run_commit
-    for problem in filter(None, (changed, clock.problem())):
-        print(f"warning: {problem}: no commit stands for this run")
+    memory, (commit, changed) = peak_memory_mb(), run_commit
+    seeds = {torch.initial_seed(), torch.cuda.initial_seed() if get_device().type == "cuda" else get_seed()}
+    others = seeds - {get_seed()}
+    reseeded = others and f"train.py set torch's seed to {others.pop()}, the harness set it to SEED={get_seed()}"
+    for problem in filter(None, (changed, reseeded, clock.problem())):
+        print(f"warning: no commit stands for this run: {problem}")
         commit = None
     lines = {
         "val_bpb": f"{val_bpb:.6f}",
@@ -1196,8 +1254,8 @@ def prepare(args):
         tokens = f"{rows * args.seq_len:,} validation tokens"
         show("ready", f"scale {args.scale}: rows of {args.seq_len:,} tokens, {args.time_budget} s a run, {tokens}")
         show("", f"in {cache}, harness {fingerprint()}, after {time.monotonic() - started:.1f} s")
-        if args.scale == "full" and get_device().type != "cuda":
-            show("", "note: there is no CUDA GPU here, and without one a run of this scale does not end in time")
+        if problem := missing_gpu(get_device(), args.scale):
+            show("", f"note: {problem}")
         show("next", "uv run train.py")
 
 
@@ -1243,18 +1301,20 @@ def parse_arguments(argv):
         "name order is validation"
     )
     parser.add_argument("--corpus", default="climbmix", metavar="climbmix|source|DIR", help=corpora)
-    scales = "defaults for what follows (default: full with a CUDA GPU, else laptop)"
-    parser.add_argument("--scale", choices=("full", "laptop"), help=scales)
-    for name, (*_, full, laptop, meaning) in OPTIONS.items():
-        text = f"{meaning} ({full:,})" if full == laptop else f"{meaning} (full {full:,}, laptop {laptop:,})"
+    scales = "defaults for what follows (full: a CUDA GPU of 38 GB; desktop: any other GPU; laptop: none)"
+    parser.add_argument("--scale", choices=SCALES, help=scales)
+    for name, (*_, defaults, meaning) in OPTIONS.items():
+        each = ", ".join(f"{scale} {default:,}" for scale, default in zip(SCALES, defaults))
+        text = f"{meaning} ({f'{defaults[0]:,}' if len(set(defaults)) == 1 else each})"
         parser.add_argument(option(name), type=int, metavar="N", help=text)
     args = parser.parse_args(argv)
     if args.corpus not in ("climbmix", "source"):
         args.corpus = str(Path(args.corpus).expanduser().resolve())
-    args.scale = args.scale or ("full" if get_device().type == "cuda" else "laptop")
-    for name, (low, high, full, laptop, _) in OPTIONS.items():
+    args.scale = args.scale or default_scale(get_device())
+    check_gpu(get_device(), args.scale)
+    for name, (low, high, defaults, _) in OPTIONS.items():
         if getattr(args, name) is None:
-            setattr(args, name, full if args.scale == "full" else laptop)
+            setattr(args, name, defaults[SCALES.index(args.scale)])
         if not low <= getattr(args, name) <= high or getattr(args, name) == 0:
             limits = f"from {low:,} to {high:,}" + ", not 0" * (low < 0)
             parser.error(f"{option(name)} needs a whole number {limits}, got {getattr(args, name):,}")

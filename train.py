@@ -21,12 +21,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 
+# Such segments waste less memory. PyTorch 2.9 knows the first name, later releases read the second when imported
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import prepare
-from prepare import EvaluationError, PrepareError, Tokenizer, clock, evaluate_bpb, make_dataloader
+from prepare import EvaluationError, PrepareError, Tokenizer, bfloat16_works, clock, evaluate_bpb, make_dataloader
 
 # -----------------------------------------------------------------------------
 # Config
@@ -34,7 +38,7 @@ from prepare import EvaluationError, PrepareError, Tokenizer, clock, evaluate_bp
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every hyperparameter. One without a value here depends on the scale: its values are in FULL and LAPTOP below."""
+    """Every hyperparameter. One without a value here depends on the scale: its values stand below."""
 
     # Model
     DEPTH: int  # blocks
@@ -80,13 +84,12 @@ class Config:
         return self.N_KV_HEAD or n_head
 
 
-# What `uv run prepare.py` prepared decides which one is used: `--scale full`, the default with a CUDA GPU, or `laptop`
+# What `uv run prepare.py` prepared decides which one is used: `--scale full`, `desktop` or `laptop`
 FULL = Config(DEPTH=8, HEAD_DIM=128, TOTAL_BATCH_SIZE=2**19, DEVICE_BATCH_SIZE=64)
+DESKTOP = Config(DEPTH=4, HEAD_DIM=64, TOTAL_BATCH_SIZE=2**16, DEVICE_BATCH_SIZE=16)  # never measured on a GPU
 
 # The best that was found for two CPU cores, 60 seconds and rows of 256 tokens. val_bpb on Python source: depth 2, width
 # 128, 2^11 tokens per step 1.831 (2^12: 1.847); width 64 1.862; depth 3, width 96 1.841; depth 4, width 128 1.978.
-# Larger models take too few steps. On one core width 64 is better. On an Apple GPU raise DEPTH first (the width grows
-# with it), then DEVICE_BATCH_SIZE and TOTAL_BATCH_SIZE together: this advice is not measured.
 LAPTOP = Config(DEPTH=2, HEAD_DIM=32, TOTAL_BATCH_SIZE=2**11, DEVICE_BATCH_SIZE=8)
 
 LOG_SECONDS = 10  # between two lines of progress in a file
@@ -160,27 +163,25 @@ def flash3_attention():
 
 def pick_attention(T, windows, head_dim, device):
     """(name, attention, reason): the fastest kernel that works on this device. A run calls this once."""
-    if device.type != "cuda":
-        return "sdpa", sdpa_attention, "exact mask: there is no CUDA GPU"
-    if torch.version.hip:  # an AMD GPU, which also has the type "cuda" and compute capabilities of its own
-        return "flex", flex_attention_for(T, windows, device), "no FlashAttention-3 for ROCm"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return "sdpa", sdpa_attention, f"exact mask: no kernel for bfloat16 on compute capability {major}.{minor}"
-    if major in (8, 9):
+    if not bfloat16_works(device):
+        return "sdpa", sdpa_attention, "exact mask: there is no CUDA GPU that has bfloat16"
+    kernels = {"fa3": flash3_attention, "flex": partial(flex_attention_for, T, windows, device)}
+    reason = "FlashAttention-3 from the kernel hub"
+    # An AMD GPU has the type "cuda" too, but compute capabilities of its own
+    if torch.version.hip or torch.cuda.get_device_capability(device)[0] not in (8, 9):
+        reason = f"no FlashAttention-3 for {torch.cuda.get_device_name(device)}"
+        del kernels["fa3"]
+    for name, make in kernels.items():
         try:
-            attention = flash3_attention()
-            # Some builds load and then fail, or would split the compiled model into several graphs
-            trial = torch.compile(attention, dynamic=False, fullgraph=True)
-            q = torch.randn(1, 128, 1, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-            trial(q, q, q, 64).sum().backward()
+            attention = make()
+            # Some load and then fail, want too much shared memory, or would split the model into several graphs
+            q = torch.randn(1, T, 1, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+            compiler()(attention, fullgraph=True)(q, q, q, windows[0]).sum().backward()
             torch.cuda.synchronize()
-            return "fa3", attention, "FlashAttention-3 from the kernel hub"
-        except Exception as error:  # no network, no build for this PyTorch, a failed import: FlexAttention still works
-            reason = f"no FlashAttention-3 ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
-    else:
-        reason = f"no FlashAttention-3 for compute capability {major}.{minor}"
-    return "flex", flex_attention_for(T, windows, device), reason
+            return name, attention, reason
+        except Exception as error:  # no network, no build for this PyTorch, a failed import: the next one may work
+            reason = f"no {name} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
+    return "sdpa", sdpa_attention, f"exact mask: {reason}"
 
 
 # -----------------------------------------------------------------------------
@@ -284,7 +285,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         # autocast keeps its 16-bit copies of the weights until it ends. So it must end with each pass: a longer one
         # would go on with the weights of the first step.
-        with torch.autocast("cuda", torch.bfloat16) if idx.is_cuda else nullcontext():
+        with torch.autocast("cuda", torch.bfloat16) if bfloat16_works(idx.device) else nullcontext():
             x = self.trunk(idx)
             logits = self.lm_head(x).float()  # (B, T, V)
             logits = self.softcap * torch.tanh(logits / self.softcap)  # Gemma 2, arXiv 2408.00118
@@ -359,9 +360,9 @@ POLAR_EXPRESS = (
 def polar_express(G):
     """The orthogonal factor of G (..., m, n), approximately: every singular value becomes about 1.
 
-    In bfloat16 on a CUDA GPU; elsewhere in float32, as bfloat16 is slow there.
+    In bfloat16 where that is fast, elsewhere in float32.
     """
-    X = G.bfloat16() if G.is_cuda else G.float()
+    X = G.bfloat16() if bfloat16_works(G.device) else G.float()
     X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = G.size(-2) > G.size(-1)
     X = X.mT if tall else X  # A is then the smaller Gram matrix
@@ -543,7 +544,7 @@ class Run:
         compiled = compiled or (compiler() if device.type == "cuda" else lambda function: function)
         with device:
             self.model = GPT(config, vocab_size, T, attention)
-        if device.type == "cuda":
+        if bfloat16_works(device):
             for embedding in (self.model.wte, *self.model.value_embeds.values()):
                 embedding.bfloat16()  # half the traffic; autocast casts the other weights
         self.config = config
@@ -592,14 +593,15 @@ def is_out_of_memory(error):
     """Whether a RuntimeError says that the GPU's memory is full: from the allocator, a library or the compiler."""
     message = str(error).lower()
     signs = ("out of memory", "outofmemory", "alloc_failed", "blas_status_not_initialized")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in message for sign in signs)
+    # "out of resource": a kernel wants more shared memory than this GPU has, and no smaller batch helps
+    return "out of resource" not in message and any(sign in message for sign in signs)
 
 
-def warm_up(build, config, vocab_size, T, device):
+def warm_up(build, config, vocab_size, T, device, budget=math.inf):
     """Compile, allocate and find the micro-batch: steps on random tokens, with models that are then thrown away.
 
-    It runs before the clock starts. `build()` returns a Run. Returns the rows of the
-    micro-batch: the most that fit the memory, up to DEVICE_BATCH_SIZE, and divide the step evenly.
+    It runs before the clock starts. `build()` returns a Run. Returns the rows of the micro-batch: the most that fit the
+    memory, up to DEVICE_BATCH_SIZE, and divide the step evenly. Says if fewer than 50 steps fit `budget`, in seconds.
     """
     rows, rest = divmod(config.TOTAL_BATCH_SIZE, T)
     if rest or not rows:
@@ -607,19 +609,24 @@ def warm_up(build, config, vocab_size, T, device):
     if config.DEVICE_BATCH_SIZE < 1:
         raise TrainingError(f"DEVICE_BATCH_SIZE is {config.DEVICE_BATCH_SIZE} rows: it must be 1 or more")
 
-    def run_steps(batch_size):
-        run = build()
+    def step_seconds(batch_size):
+        run, micro_batches = build(), min(2, rows // batch_size)
         x, y = torch.randint(vocab_size, (2, batch_size, T), device=device)
-        # Two on CUDA: from the second on, the optimizer has its state and the gradients have their final layout
-        for _ in range(2 if device.type == "cuda" else 1):
-            run.step(itertools.repeat((x, y, 1)), min(2, rows // batch_size))
+        # On CUDA two compile: from the second on, the optimizer has its state and the gradients their final layout
+        for _ in range(3 if device.type == "cuda" else 2):
+            began = time.monotonic()
+            run.step(itertools.repeat((x, y, 1)), micro_batches).item()  # waits for the GPU
+        seconds = (time.monotonic() - began) * rows / (batch_size * micro_batches)
         run.model.eval()
         with torch.no_grad():
             run.compiled_model(x)
+        return seconds
 
     for batch_size in (n for n in range(min(rows, config.DEVICE_BATCH_SIZE), 0, -1) if rows % n == 0):
         try:
-            run_steps(batch_size)
+            seconds = step_seconds(batch_size)
+            if budget < 50 * seconds:
+                print(f"note: about {budget / seconds:.0f} steps fit: lower TOTAL_BATCH_SIZE or `prepare.py --scale`")
             return batch_size
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -640,30 +647,25 @@ def warm_up(build, config, vocab_size, T, device):
 
 def compiler():
     """torch.compile as a run wants it: for each shape that it meets, and kept for the next run."""
-    if hasattr(os, "getuid"):  # the cache is named after the user; in a container the user may have no name: an error
-        os.environ.setdefault("USER", str(os.getuid()))
+    os.environ.setdefault("USER", str(os.getuid()))  # names the compiler's cache; in a container it may be missing
     torch._dynamo.config.recompile_limit = 64  # shapes per function, 8 by default: later ones would run uncompiled
     # PyTorch 2.9 compiles this anew in every run, later releases do not. (The value is a part of the cache's key.)
-    torch._inductor.config.unsafe_marked_cacheable_functions = {
-        "torch.ops.higher_order.flex_attention_backward": torch.__version__
-    }
+    backward = "torch.ops.higher_order.flex_attention_backward"
+    torch._inductor.config.unsafe_marked_cacheable_functions = {backward: torch.__version__}
     return partial(torch.compile, dynamic=False)
 
 
 def main():
     device = prepare.start_run()
-    if device.type == "cuda" and not torch.version.hip:
-        # Such segments waste less memory. PyTorch reads this at the first allocation; 2.9 knows only this older name
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch.set_float32_matmul_precision("high")
-    config, T = {"full": FULL, "laptop": LAPTOP}[prepare.SCALE], prepare.MAX_SEQ_LEN
+    config, T = {"full": FULL, "desktop": DESKTOP, "laptop": LAPTOP}[prepare.SCALE], prepare.MAX_SEQ_LEN
     tokenizer = Tokenizer.from_directory()
     vocab_size = tokenizer.get_vocab_size()
 
     attention_name, attention, reason = pick_attention(T, window_sizes(config, T), config.HEAD_DIM, device)
     print(f"attention: {attention_name} ({reason})", flush=True)
     build = partial(Run, config, vocab_size, T, device, attention)
-    batch_size = warm_up(build, config, vocab_size, T, device)
+    batch_size = warm_up(build, config, vocab_size, T, device, prepare.TIME_BUDGET)
     run = build()
     num_params, flops = sum(p.numel() for p in run.model.parameters()), flops_per_token(run.model, config, T)
     size = f"{num_params / 1e6:.1f} M parameters, {flops / 1e6:.1f} MFLOPs per token"

@@ -83,6 +83,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def run(file, seconds, compiler_cache):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiler_cache)}
+    environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # RUN imports PyTorch before train.py can set it
     command = [sys.executable, "-c", RUN, ROOT, file, str(seconds)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

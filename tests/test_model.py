@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -195,27 +196,79 @@ def test_pick_attention_without_cuda(device):
 
 
 @pytest.mark.parametrize(
-    "capability, hip, name, reason",
+    "capability, hip, flex, name, reason",
     [
-        ((7, 5), None, "sdpa", "7.5"),
-        ((9, 0), None, "flex", "OSError: the hub is away)"),  # one line of the log, whatever the error says
-        ((10, 0), None, "flex", "10.0"),
-        ((12, 0), None, "flex", "12.0"),  # consumer Blackwell, where FlashAttention-3 loads and then fails
-        ((9, 4), "6.4", "flex", "ROCm"),  # MI300X: not a Hopper
+        ((7, 5), None, True, "sdpa", "bfloat16"),
+        ((9, 0), None, True, "flex", "OSError: the hub is away)"),  # one line of the log, whatever the error says
+        ((10, 0), None, True, "flex", "for the GPU"),
+        ((12, 0), None, True, "flex", "for the GPU"),  # consumer Blackwell, where FlashAttention-3 loads and then fails
+        ((9, 4), "6.4", True, "flex", "for the GPU"),  # MI300X: not a Hopper
+        ((12, 0), None, False, "sdpa", "exact mask: no flex (RuntimeError: out of resource: shared memory)"),
     ],
 )
-def test_pick_attention_by_compute_capability(monkeypatch, capability, hip, name, reason):
+def test_pick_attention_by_compute_capability(monkeypatch, capability, hip, flex, name, reason):
     def no_network():
         assert capability == (9, 0) and not hip, "only Ampere to Hopper may ask for FlashAttention-3"
         raise OSError("the hub is away\nsecond line")
 
+    def flex_attention(q, k, v, window):
+        if not flex:
+            raise RuntimeError("out of resource: shared memory\nsecond line")
+        return train.sdpa_attention(q, k, v, window)
+
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "the GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(train, "bfloat16_works", lambda device: capability[0] >= 8)
+    monkeypatch.setattr(train, "compiler", lambda: lambda function, fullgraph: function)
     monkeypatch.setattr(train, "flash3_attention", no_network)
-    monkeypatch.setattr(train, "flex_attention_for", lambda *_: "flex's")
-    picked, attention, why = train.pick_attention(T, WINDOWS, 16, CUDA)
+    monkeypatch.setattr(train, "flex_attention_for", lambda *_: flex_attention)
+    picked, attention, why = train.pick_attention(T, WINDOWS, 16, CPU)  # as if this were a GPU
     assert picked == name and reason in why and "\n" not in why
-    assert attention == {"sdpa": train.sdpa_attention, "flex": "flex's"}[name]
+    assert attention == {"sdpa": train.sdpa_attention, "flex": flex_attention}[name]
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("works", [True, False])
+def test_one_answer_decides_about_bfloat16(monkeypatch, works):
+    """Embeddings, autocast and Muon: a GPU of compute capability 7 has float32 everywhere."""
+    asked = []
+    monkeypatch.setattr(train, "bfloat16_works", lambda device: works)
+    monkeypatch.setattr(torch, "autocast", lambda *arguments: asked.append(arguments) or nullcontext())
+    wanted, run = torch.bfloat16 if works else torch.float32, train.Run(TINY, V, T, CPU, train.sdpa_attention)
+    tables = {run.model.wte.weight, *(table.weight for table in run.model.value_embeds.values())}
+    assert {p.dtype for p in tables} == {wanted}
+    assert {p.dtype for p in run.model.parameters() if p not in tables} == {torch.float32}
+    assert train.polar_express(torch.randn(4, 4)).dtype == wanted
+    if not works:
+        assert run.model(make_tokens()).dtype == torch.float32
+    else:
+        with pytest.raises(RuntimeError, match="dtype"):  # here autocast is only a stand-in
+            run.model(make_tokens())
+    assert asked == [("cuda", torch.bfloat16)] * works
+
+
+def test_compiled_code_may_ask_whether_bfloat16_works(monkeypatch):
+    """On a simulated GPU: the compiler takes the answer for a constant, without a graph break."""
+    from torch._dynamo.variables.constant import common_constant_types
+
+    class Properties:
+        major = 7
+
+    common_constant_types.add(Properties)  # as the class of the real properties is, which has no constructor
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_get_device_index", lambda *_, **__: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "_get_device_properties", lambda _: Properties(), raising=False)
+
+    def to_half(x):
+        return x.bfloat16() if train.bfloat16_works(CUDA) else x
+
+    for major, dtype in ((7, torch.float32), (8, torch.bfloat16)):
+        torch.compiler.reset()
+        Properties.major = major
+        assert torch.compile(to_half, backend="eager", fullgraph=True)(torch.zeros(2)).dtype == dtype
 
 
 # -----------------------------------------------------------------------------
@@ -258,6 +311,14 @@ def test_size_of_the_full_model(full):
     embeddings, matrices, gates, scalars = 6 * 8192 * C, 8 * 12 * C * C, 4 * 32 * 4, 2 * 8
     assert sum(p.numel() for p in full.parameters()) == embeddings + matrices + gates + scalars == 50_332_176
     assert replace(train.FULL, DEPTH=9, ASPECT_RATIO=64, HEAD_DIM=128).n_embd == 640  # whole heads: 576 is 4.5
+
+
+def test_size_of_the_desktop_model():
+    model = train.GPT(train.DESKTOP, 8192, 1024, train.sdpa_attention)
+    embeddings, matrices, gates, scalars = 4 * 8192 * 256, 4 * 12 * 256**2, 2 * 32 * 4, 2 * 4
+    assert sum(p.numel() for p in model.parameters()) == embeddings + matrices + gates + scalars == 11_534_600
+    assert train.flops_per_token(model, train.DESKTOP, 1024) == pytest.approx(39.3e6, abs=0.1e6)
+    assert train.DESKTOP.TOTAL_BATCH_SIZE % (1024 * train.DESKTOP.DEVICE_BATCH_SIZE) == 0
 
 
 def test_initial_weights(full):

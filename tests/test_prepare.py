@@ -358,13 +358,6 @@ def test_a_damaged_manifest_makes_no_damaged_file_good(own_cache, corpus):
     assert bin_file.read_bytes() == good
 
 
-def test_a_relative_cache_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("AUTORESEARCH_CACHE", "cache")
-    assert (
-        prepare.main(["--corpus=source"]) == 1 and "AUTORESEARCH_CACHE=cache is a relative" in capsys.readouterr().err
-    )
-
-
 def test_a_cache_of_another_version_is_named(own_cache, corpus, capsys):
     with pytest.raises(prepare.PrepareError, match="nothing is prepared"):
         prepare.Tokenizer.from_directory()

@@ -2,15 +2,20 @@
 
 import contextlib
 import os
+import pwd
+import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_python
+import torch
+from conftest import ROOT, SMALL, run_python
 
 import prepare
 
@@ -66,6 +71,7 @@ def test_the_block_has_every_line_in_order(finished, project, session_cache):
     assert commit == head[:7] and val_bpb == values["val_bpb"]
     assert memory == f"{float(values['peak_vram_mb']) / 1024:.1f}" and float(memory) > 0
     assert values["seed"] == "7" and values["depth"] == "2" and values["attention"] == "sdpa"
+    assert values["device"] == f"CPU, 1 thread(s), torch {torch.__version__}"
     assert re.fullmatch(r"[0-9a-f]{12}", values["harness"])
     assert "warning" not in finished.stdout + finished.stderr
 
@@ -105,29 +111,58 @@ def test_a_changed_train_py_has_no_commit_to_its_name(project, session_cache, tm
     (folder / "train.py").write_text((folder / "train.py").read_text() + "\n# changed\n")
     done = train(folder, session_cache)
     before, after = done.stdout.split("\n---\n")
-    assert before.splitlines()[-1].startswith("warning: train.py differs from its commit")
+    assert before.splitlines()[-1] == "warning: no commit stands for this run: train.py differs from its commit"
     assert block(done.stdout)["row"].startswith("-------\t"), after
 
 
-def test_a_run_over_its_time_has_no_commit_to_its_name(cache, monkeypatch, capsys):
-
+@pytest.fixture
+def now(monkeypatch):
+    """[the time in seconds], which tests may set"""
     now = [100.0]
     monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_run_over_its_time_or_with_another_seed_has_no_commit_to_its_name(cache, now, monkeypatch, capsys):
+    def report():
+        facts = dict(mfu_percent=1, total_tokens=1, num_steps=1, num_params=1, depth=1, attention="sdpa")
+        prepare.report(1.0, **facts)
+        text = capsys.readouterr().out
+        return text.partition("---")[0], block("\n" + text)["row"].partition("\t")[0]
+
     monkeypatch.setattr(prepare, "run_commit", ("abc1234", None))
-    facts = dict(mfu_percent=1, total_tokens=1, num_steps=1, num_params=1, depth=1, attention="sdpa")
-    prepare.report(1.0, **facts)
-    assert "the clock never ran" in capsys.readouterr().out
+    torch.manual_seed(0)
+    warning, commit = report()
+    assert "the clock never ran" in warning and commit == "-------"
     next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 1, 8, "train"))
     now[0] += 5.9
-    prepare.report(1.0, **facts)
-    text = capsys.readouterr().out
-    assert "warning" not in text and block("\n" + text)["row"].startswith("abc1234\t")
+    assert report() == ("", "abc1234")
+    torch.manual_seed(137)
+    warning, commit = report()
+    assert "torch's seed to 137, the harness set it to SEED=0" in warning and commit == "-------"
+    torch.manual_seed(0)
     now[0] += 0.5
-    prepare.report(1.0, **facts)
-    text = capsys.readouterr().out
-    assert "warning: training took 6.4 s of a budget of 5 s" in text and block("\n" + text)["row"].startswith(
-        "-------\t"
-    )
+    warning, commit = report()
+    assert "training took 6.4 s of a budget of 5 s" in warning and commit == "-------"
+
+
+@pytest.mark.parametrize("length", [0.01, 0.9, 2.2, 3.5])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_no_step_begins_that_would_end_beyond_the_limit(cache, now, length, calls):
+    """Budget 5 s, limit 6.1 s. `calls`: how often time_is_up is asked before a step."""
+    clock, rng = prepare.Clock(), random.Random(0)
+    while not any(clock.time_is_up() for _ in range(calls)):
+        clock.start()
+        now[0] += length * rng.uniform(0.95, 1.04)
+    assert clock.problem() is None and clock.seconds() > 5 - length
+
+
+def test_one_long_step_at_the_start_does_not_end_a_run_early(cache, now):
+    clock, lengths = prepare.Clock(), iter([2.5] + 100 * [0.1])
+    while not clock.time_is_up():
+        clock.start()
+        now[0] += next(lengths)
+    assert 5 <= clock.seconds() < 5.2
 
 
 DRIVER = """
@@ -145,12 +180,12 @@ def test_nan_ends_the_run_without_a_number(session_cache):
 step = train.Run.step
 def poisoned(*arguments, calls=[]):
     calls.append(1)
-    return step(*arguments) * (float("nan") if len(calls) > 3 else 1)
+    return step(*arguments) * (float("nan") if len(calls) > 4 else 1)
 train.Run.step = poisoned
 """
     done = run_python("-c", DRIVER, poison, cache=session_cache)
     assert done.returncode == 1 and "val_bpb" not in done.stdout
-    assert "step 3: the loss is nan" in done.stderr  # the first call was the warm-up
+    assert "step 3: the loss is nan" in done.stderr  # two calls were the warm-up
     assert done.stderr.count("\n") == 1
 
 
@@ -192,3 +227,134 @@ def test_ctrl_c_says_that_there_is_no_number(session_cache):
             out, error = process.communicate(timeout=10)
             break
     assert process.returncode == 1 and error == "train.py: interrupted, no val_bpb\n" and "val_bpb" not in out
+
+
+# -----------------------------------------------------------------------------
+# The machine: which device, which scale, and what is said if something is missing
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(capability, gigabytes): a stand-in for a CUDA GPU of this machine; gpu(None): there is none."""
+
+    def install(capability, gigabytes=80, built_for="sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"):
+        monkeypatch.delenv("DEVICE", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        major, minor = capability or (0, 0)
+        properties = SimpleNamespace(name="GPU", major=major, minor=minor, total_memory=gigabytes * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", built_for.split)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "capability, gigabytes, scale",
+    [((9, 0), 80, "full"), ((8, 0), 42, "full"), ((12, 0), 34, "desktop"), ((7, 0), 40, "desktop")],
+)
+def test_the_gpu_decides_the_scale(gpu, capability, gigabytes, scale):
+    gpu(capability, gigabytes)
+    args = prepare.parse_arguments([])
+    assert (args.scale, args.seq_len, args.time_budget) == (scale, {"full": 2048, "desktop": 1024}[scale], 300)
+    assert prepare.bfloat16_works(prepare.get_device()) == (capability[0] >= 8)
+    assert prepare.parse_arguments(["--scale=laptop"]).scale == "laptop"
+
+
+def test_the_scale_without_a_cuda_gpu(gpu, monkeypatch):
+    gpu(None)
+    assert prepare.parse_arguments([]).scale == "laptop"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    args = prepare.parse_arguments([])
+    assert (args.scale, args.vocab_size, args.eval_tokens) == ("desktop", 8192, 2**22)
+    assert not prepare.bfloat16_works(torch.device("mps"))
+
+
+def start_run_at(scale, monkeypatch):
+    monkeypatch.setitem(prepare.open_cache(prepare.cache_dir())["constants"], "SCALE", scale)
+    return prepare.start_run()
+
+
+@pytest.mark.parametrize(
+    "capability, scale, message",
+    [
+        ((7, 5), "full", "scale full needs .* this is GPU, torch .* --scale desktop"),
+        ((6, 1), "desktop", r"no kernels for compute capability 6\.1, only from 7\.0 on.* DEVICE=cpu"),
+    ],
+)
+def test_a_gpu_that_is_too_old_is_refused_in_one_line(cache, gpu, monkeypatch, capsys, capability, scale, message):
+    gpu(capability)
+    with pytest.raises(prepare.PrepareError, match=message):
+        start_run_at(scale, monkeypatch)
+    assert prepare.main([f"--scale={scale}"]) != 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 7), (8, 9), (12, 1)])
+def test_a_gpu_that_kernels_are_built_for_is_not_refused(cache, gpu, monkeypatch, capability):
+    gpu(capability)
+    assert start_run_at("desktop", monkeypatch).type == "cuda"
+
+
+@pytest.mark.parametrize("scale", ["full", "desktop"])
+def test_a_run_whose_gpu_is_gone_says_so(cache, gpu, monkeypatch, scale):
+    gpu(None)
+    with pytest.raises(prepare.PrepareError, match=f"scale {scale}, but .* sees no GPU.*`DEVICE=cpu uv run train.py`"):
+        start_run_at(scale, monkeypatch)
+    monkeypatch.setenv("DEVICE", "cpu")
+    assert start_run_at(scale, monkeypatch).type == "cpu"
+
+
+def test_prepare_says_that_pytorch_does_not_see_the_gpu(corpus, session_cache, gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(shutil.copytree(session_cache, tmp_path / "cache")))
+    gpu(None)
+    exists = os.path.exists
+    for driver in ("/proc/driver/nvidia", "/dev/dxg", "/nothing"):
+        monkeypatch.setattr(os.path, "exists", lambda path, driver=driver: path == driver or exists(path))
+        assert prepare.main([f"--corpus={corpus}", *SMALL]) == 0
+        found = re.search(r"^ +note: .* sees no GPU, although NVIDIA's driver is here", capsys.readouterr().out, re.M)
+        assert bool(found) == (driver != "/nothing")
+
+
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(cache, gpu, monkeypatch):
+    def context():
+        raise AssertionError("a CUDA context")
+
+    gpu((9, 0))
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "_lazy_init", context)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", context)
+    device = prepare.start_run()
+    next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 1, 8, "train"))
+    assert device.type == "cpu" and prepare.clock.started
+
+
+def test_a_cache_without_a_whole_path_is_one_line(monkeypatch, capsys):
+    def nobody(_):
+        raise KeyError("no such user")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.delenv("HOME", raising=False)
+    for folder in ("", "cache"):
+        monkeypatch.setenv("AUTORESEARCH_CACHE", folder)
+        assert prepare.main(["--corpus=source"]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"{folder or '~/.cache/autoresearch'} is a relative path" in error
+
+
+def test_gits_own_words_say_why_there_is_no_commit(monkeypatch):
+    for name, value in (("ASSUME_DIFFERENT_OWNER", "1"), ("CONFIG_GLOBAL", os.devnull), ("CONFIG_NOSYSTEM", "1")):
+        monkeypatch.setenv("GIT_TEST_" * (name[0] == "A") + "GIT_" * (name[0] == "C") + name, value)
+    commit, reason = prepare.find_commit()
+    assert commit is None and "dubious ownership" in reason and "git config --global --add safe.directory" in reason
+    monkeypatch.setenv("PATH", "")
+    assert prepare.find_commit() == (None, "[Errno 2] No such file or directory: 'git'")
+
+
+def test_a_run_with_closed_streams_ends_well(project, session_cache):
+    command = f"exec {shlex.quote(sys.executable)} train.py >&- 2>&-"
+    env = {**os.environ, "AUTORESEARCH_CACHE": str(session_cache), "DEVICE": "cpu"}
+    assert subprocess.run(["bash", "-c", command], cwd=project, env=env).returncode == 0
