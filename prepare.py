@@ -30,12 +30,11 @@ import subprocess
 import sys
 import sysconfig
 import time
-from array import array
 from bisect import bisect_left
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import groupby, islice, pairwise
+from itertools import count, groupby, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -211,7 +210,7 @@ def fingerprint():
     Two values of val_bpb compare only if it is the same.
     """
     manifest = open_cache(cache_dir())
-    files = [manifest["files"][kind] for kind in ("tokenizer", "val_tokens", "val_offsets")]
+    files = [manifest["files"][kind] for kind in ("tokenizer", "val_tokens")]
     return cache_key(checksum(__file__), torch.__version__, manifest["constants"], [expected for _, expected in files])
 
 
@@ -519,33 +518,18 @@ def get_token_bytes(device="cpu"):
 
 
 # -----------------------------------------------------------------------------
-# Token files. Of each split: .bin has all token ids (uint16), .idx the offsets of the documents, int64 (documents + 1,)
+# Token files: all token ids of a split, uint16. Each document begins with a BOS, and so does the file
 
 
 def write_tokens(tokenizer, documents, path):
-    """Tokenize on all cores into `path` (.bin) and its .idx. The .bin appears last: if it is there, both are.
-
-    Raises PrepareError if there is no text.
-    """
-    lengths = array("q", [0])  # 8 bytes each: there may be millions
+    """Tokenize on all cores into `path`. Raises PrepareError if there is no text."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those of this job
     with ThreadPoolExecutor(cores) as pool, atomic_write(path) as tokens:
         for texts in batched(documents, 256 * cores):
-            encoded = list(pool.map(tokenizer.encode_document, texts))  # tiktoken releases Python's lock
-            tokens.write(np.concatenate(encoded).tobytes())
-            lengths.extend(map(len, encoded))
-        if len(lengths) == 1:
+            for ids in pool.map(tokenizer.encode_document, texts):  # tiktoken releases Python's lock
+                tokens.write(ids.tobytes())
+        if tokens.tell() == 0:
             raise PrepareError("the files hold no text, every document is empty", 2)
-        with atomic_write(path.with_suffix(".idx")) as offsets:
-            offsets.write(np.cumsum(np.frombuffer(lengths, np.int64)).tobytes())
-
-
-def have_tokens(path):
-    """Whether `path` (.bin) and its .idx are there and fit each other, which half a copy of a cache would not."""
-    try:
-        return path.stat().st_size == 2 * np.fromfile(path.with_suffix(".idx"), np.int64)[-1]
-    except (FileNotFoundError, IndexError):
-        return False
 
 
 def batched(items, n):
@@ -555,7 +539,7 @@ def batched(items, n):
 
 
 def read_tokens(split):
-    """(tokens, offsets) of a prepared split, memory-mapped: uint16 (N,) and int64 (documents + 1,)."""
+    """The tokens of a prepared split, memory-mapped: uint16 (N,)."""
     if split not in ("train", "val"):
         raise ValueError(f'split must be "train" or "val", not {split!r}')
     return map_tokens(cache_dir(), split)
@@ -563,10 +547,8 @@ def read_tokens(split):
 
 @cache
 def map_tokens(cache, split):
-    files = open_cache(cache)["files"]
-    tokens = np.memmap(cache / files[f"{split}_tokens"][0], np.uint16, "r")
-    offsets = np.memmap(cache / files[f"{split}_offsets"][0], np.int64, "r")
-    return tokens.view(np.ndarray), offsets.view(np.ndarray)  # slicing a plain array costs a tenth of a memmap's
+    path = cache / open_cache(cache)["files"][f"{split}_tokens"][0]
+    return np.memmap(path, np.uint16, "r").view(np.ndarray)  # slicing a plain array costs a tenth of a memmap's
 
 
 # -----------------------------------------------------------------------------
@@ -645,7 +627,7 @@ def device_name():
 # Loader
 
 
-def pack_rows(offsets, T, forever):
+def pack_rows(tokens, T, forever):
     """Best-fit packing: yields (row, epoch), a row being [(start, length), …] of T + 1 tokens together.
 
     A row is filled from a buffer of documents with the longest one that fits whole. Where none fits, it takes the
@@ -653,8 +635,7 @@ def pack_rows(offsets, T, forever):
     REFILL_DOCS documents whenever it has fewer than BUFFER_DOCS: one by one, documents longer than a row would fill it.
     No padding: a row that the end of the data leaves unfilled is dropped. `epoch` counts passes over the data from 1.
     """
-    stream, buffer = document_stream(offsets, forever), []
-    documents, last = len(offsets) - 1, 0
+    stream, buffer, epoch = document_stream(tokens, forever), [], 1
     while True:
         row, room = [], T + 1
         while room:
@@ -665,22 +646,21 @@ def pack_rows(offsets, T, forever):
             i = bisect_left(buffer, (room + 1,))  # the first that is too long
             if i:
                 i = bisect_left(buffer, (buffer[i - 1][0],))  # the first of the longest that fit
-            length, serial, start = buffer.pop(i)
+            length, passed, start = buffer.pop(i)
             row.append((start, min(length, room)))
-            room, last = max(room - length, 0), max(last, serial)
-        yield row, last // documents + 1
+            room, epoch = max(room - length, 0), max(epoch, passed)
+        yield row, epoch
 
 
-def document_stream(offsets, forever):
-    """Yields (length, serial number, start) of each document in order, once or again and again."""
-    serial = 0
-    while True:
-        for block in range(0, len(offsets) - 1, 4096):  # in blocks: a large index stays on disk
-            for start, end in pairwise(offsets[block : block + 4097].tolist()):
-                yield end - start, serial, start
-                serial += 1
-        if not forever:
-            return
+def document_stream(tokens, forever):
+    """Yields (length, pass over the data from 1, start) of each document in order, once or again and again."""
+    for passed in count(1) if forever else [1]:
+        start = 0
+        for block in range(1, len(tokens), 2**20):  # in blocks: a large file stays on disk
+            for end in (block + np.flatnonzero(tokens[block : block + 2**20] == tokens[0])).tolist():
+                yield end - start, passed, start
+                start = end
+        yield len(tokens) - start, passed, start
 
 
 def fill_rows(tokens, rows, out):
@@ -700,10 +680,10 @@ def make_dataloader(tokenizer, B, T, split):
     """
     if B < 1 or T < 1:
         raise ValueError(f"make_dataloader needs B ≥ 1 and T ≥ 1, got B={B}, T={T}")
-    tokens, offsets = read_tokens(split)
+    tokens = read_tokens(split)
     if tokenizer.get_vocab_size() != constants()["VOCAB_SIZE"]:
         raise PrepareError("this tokenizer is not the one that made the tokens: use Tokenizer.from_directory()")
-    return on_the_clock(batches(tokens, offsets, B, T, get_device()))
+    return on_the_clock(batches(tokens, B, T, get_device()))
 
 
 def on_the_clock(items):
@@ -712,9 +692,9 @@ def on_the_clock(items):
         yield item
 
 
-def batches(tokens, offsets, B, T, device):
-    """The generator behind `make_dataloader`, on any tokens (N,) and offsets (documents + 1,)."""
-    rows = pack_rows(offsets, T, forever=True)
+def batches(tokens, B, T, device):
+    """The generator behind `make_dataloader`, on any tokens (N,)."""
+    rows = pack_rows(tokens, T, forever=True)
     pinned = device.type == "cuda"  # a copy overlaps with the GPU's work only from pinned memory
 
     def make_batch():
@@ -911,8 +891,8 @@ def evaluate_bpb(model, tokenizer, batch_size):
     if was_training:
         model.eval()
     try:
-        tokens, offsets = read_tokens("val")
-        rows = list(islice(pack_rows(offsets, T, forever=False), settings["EVAL_TOKENS"] // T))
+        tokens = read_tokens("val")
+        rows = list(islice(pack_rows(tokens, T, forever=False), settings["EVAL_TOKENS"] // T))
         token_bytes = get_token_bytes(device)  # the prepared tokenizer's, not those of the one passed in
         with torch.no_grad():
             return score_rows(model, tokens, rows, T, token_bytes, batch_size, device)
@@ -1234,15 +1214,16 @@ def prepare(args):
 
         for split, paths in (("train", train), ("val", val)):
             path = cache / f"{split}-{cache_key(identity(paths), checksum(files['tokenizer']), recipe)}.bin"
-            files[f"{split}_tokens"], files[f"{split}_offsets"] = path, path.with_suffix(".idx")
-            if made := not (have_tokens(path) and up_to_date(path) and up_to_date(path.with_suffix(".idx"))):
+            files[f"{split}_tokens"] = path
+            if made := not up_to_date(path):
                 write_tokens(tokenizer, read_documents(paths), path)
-            offsets = np.fromfile(path.with_suffix(".idx"), np.int64)
-            documents = f"{offsets[-1]:,} tokens in {len(offsets) - 1:,} documents"
+            tokens = np.memmap(path, np.uint16, "r").view(np.ndarray)
+            lengths = np.fromiter((length for length, *_ in document_stream(tokens, forever=False)), np.int64)
+            documents = f"{len(tokens):,} tokens in {len(lengths):,} documents"
             show(split, f"{documents}, {'made' if made else 'up to date'}")
 
         wanted = args.eval_tokens // args.seq_len
-        rows = sum(1 for _ in islice(pack_rows(offsets, args.seq_len, forever=False), wanted))  # offsets of val
+        rows = sum(1 for _ in islice(pack_rows(tokens, args.seq_len, forever=False), wanted))  # of val
         if rows == 0:
             text = f"the validation text fills no row of --seq-len {args.seq_len}: choose a smaller one, or add text"
             raise PrepareError(text, 2)

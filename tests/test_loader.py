@@ -16,9 +16,10 @@ from conftest import ROOT, run_python
 import prepare
 
 
-def slow_rows(offsets, T, passes):
+def slow_rows(tokens, T, passes):
     """Rows of (start, length) of T + 1 tokens together: the words of `pack_rows`, one by one."""
-    unread = ((end - start, start) for _ in range(passes) for start, end in pairwise(offsets.tolist()))
+    bounds = [*np.flatnonzero(tokens == tokens[0]).tolist(), len(tokens)]
+    unread = ((end - start, start) for _ in range(passes) for start, end in pairwise(bounds))
     buffer = []
     while True:
         row, room = [], T + 1
@@ -43,10 +44,12 @@ def make_documents(seed, count, longest):
     return [[0] + [rng.randrange(1, 500) for _ in range(rng.randint(1, longest - 1))] for _ in range(count)]
 
 
-def as_files(documents):
-    """(tokens, offsets) as `read_tokens` gives them."""
-    lengths = [len(document) for document in documents]
-    return np.array([*chain(*documents)], np.uint16), np.cumsum([0, *lengths], dtype=np.int64)
+def split_documents(tokens):
+    return np.split(tokens, np.flatnonzero(tokens == tokens[0])[1:])
+
+
+def as_file(documents):
+    return np.array([*chain(*documents)], np.uint16)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +58,10 @@ def as_files(documents):
 )
 def test_rows_are_those_of_the_slow_packer(count, longest, T):
     documents = make_documents(count, count, longest)
-    tokens, offsets = as_files(documents)
+    tokens = as_file(documents)
     B, steps = 5, 30
-    loader = prepare.batches(tokens, offsets, B, T, torch.device("cpu"))
-    rows_of_pieces = slow_rows(offsets, T, passes=10**9)
+    loader = prepare.batches(tokens, B, T, torch.device("cpu"))
+    rows_of_pieces = slow_rows(tokens, T, passes=10**9)
     for x, y, _ in islice(loader, steps):
         pieces = [[tokens[start : start + length] for start, length in row] for row in islice(rows_of_pieces, B)]
         rows = torch.tensor(np.array([np.concatenate(row) for row in pieces]).astype(np.int64))
@@ -70,33 +73,34 @@ def test_rows_are_those_of_the_slow_packer(count, longest, T):
 def test_rows_of_many_documents_are_those_of_the_slow_packer(sigma):
     """Long enough for the buffer to fill with documents that are longer than a row, were it refilled one by one."""
     lengths = np.random.default_rng(0).lognormal(np.log(500) - sigma**2 / 2, sigma, 12_000).astype(np.int64) + 2
-    offsets = np.cumsum([0, *lengths])
-    rows = [row for row, _ in prepare.pack_rows(offsets, 1023, forever=False)]
-    assert rows == list(slow_rows(offsets, 1023, passes=1))
+    tokens = np.ones(lengths.sum(), np.uint16)
+    tokens[np.cumsum([0, *lengths[:-1]])] = 0
+    rows = [row for row, _ in prepare.pack_rows(tokens, 1023, forever=False)]
+    assert rows == list(slow_rows(tokens, 1023, passes=1))
 
 
 def test_a_worked_example():
     # Rows of 6: the longest that fits 6 is 5 long; then 1 is left, which no document fits, so the shortest is cropped.
     documents = [[0, 11, 12], [0, 21, 22, 23, 24, 25, 26, 27], [0, 31, 32, 33, 34], [0, 41]]
-    _, offsets = as_files(documents)
-    rows = [row for row, _ in prepare.pack_rows(offsets, 5, forever=False)]
+    tokens = as_file(documents)
+    rows = [row for row, _ in prepare.pack_rows(tokens, 5, forever=False)]
     assert rows == [[(11, 5), (16, 1)], [(0, 3), (3, 3)]]  # (start, length)
 
 
 def test_one_pass_scores_no_document_twice_and_drops_the_unfilled_row():
     documents = make_documents(1, 2500, 30)
-    _, offsets = as_files(documents)
-    rows = [row for row, _ in prepare.pack_rows(offsets, 20, forever=False)]
+    tokens = as_file(documents)
+    rows = [row for row, _ in prepare.pack_rows(tokens, 20, forever=False)]
     assert all(sum(length for _, length in row) == 21 for row in rows)
     used = [start for row in rows for start, _ in row]
     assert len(set(used)) == len(used)
-    assert set(used) <= set(offsets[:-1].tolist()) and len(offsets) - 1 - len(used) < 21
+    assert set(used) <= set(np.flatnonzero(tokens == 0).tolist()) and len(documents) - len(used) < 21
 
 
 def test_epochs_count_passes():
-    tokens, offsets = as_files(make_documents(2, 3000, 20))
-    seen = [epoch for _, _, epoch in islice(prepare.batches(tokens, offsets, 4, 32, torch.device("cpu")), 600)]
-    per_epoch = offsets[-1] / (4 * 33)  # batches, cropped tokens aside
+    tokens = as_file(make_documents(2, 3000, 20))
+    seen = [epoch for _, _, epoch in islice(prepare.batches(tokens, 4, 32, torch.device("cpu")), 600)]
+    per_epoch = len(tokens) / (4 * 33)  # batches, cropped tokens aside
     assert seen[0] == 1 and seen == sorted(seen)
     assert seen[-1] == pytest.approx(600 / per_epoch, abs=1.2)
 
@@ -165,9 +169,9 @@ def test_ctrl_c_ends_it(cache):
 
 def arrives_as_packed(device, delay=lambda: None, steps=30):
     """Whether the batches on a device are those on the CPU. `delay` is called once the first batches are there."""
-    tokens, offsets = as_files(make_documents(3, 3000, 50))
-    expected = islice(prepare.batches(tokens, offsets, 8, 64, torch.device("cpu")), steps)
-    loader = prepare.batches(tokens, offsets, 8, 64, device)
+    tokens = as_file(make_documents(3, 3000, 50))
+    expected = islice(prepare.batches(tokens, 8, 64, torch.device("cpu")), steps)
+    loader = prepare.batches(tokens, 8, 64, device)
     arrived = list(islice(loader, prepare.PREFETCH))
     delay()
     arrived += islice(loader, steps - len(arrived))

@@ -3,11 +3,11 @@
 import math
 import re
 import weakref
-from itertools import islice, pairwise
+from itertools import islice
 
 import pytest
 import torch
-from test_loader import slow_rows
+from test_loader import slow_rows, split_documents
 
 import prepare
 
@@ -37,11 +37,12 @@ def embedding_model(V, seed=0):
 
 def validation_rows(tokenizer):
     """The scored rows, packed by the slow packer: lists of T + 1 ids."""
-    tokens, offsets = prepare.read_tokens("val")
-    documents = [tokens[a:b].tolist() for a, b in pairwise(offsets)]
+    tokens = prepare.read_tokens("val")
+    documents = [document.tolist() for document in split_documents(tokens)]
     count = prepare.EVAL_TOKENS // prepare.MAX_SEQ_LEN
     assert count == 64
-    return documents, list(islice(slow_rows(documents, prepare.MAX_SEQ_LEN, passes=1), count))
+    rows = islice(slow_rows(tokens, prepare.MAX_SEQ_LEN, passes=1), count)
+    return documents, [[int(i) for at, n in row for i in tokens[at : at + n]] for row in rows]
 
 
 def test_uniform_logits_score_log2_v_times_tokens_over_bytes(tokenizer):
@@ -270,8 +271,7 @@ def test_too_much_time_is_told(tokenizer, monkeypatch, capsys):
 
 def test_islice_is_lazy_about_validation(tokenizer):
     """No more rows are packed than are scored."""
-    _, offsets = prepare.read_tokens("val")
-    assert len(list(islice(prepare.pack_rows(offsets, 64, forever=False), 64))) == 64
+    assert len(list(islice(prepare.pack_rows(prepare.read_tokens("val"), 64, forever=False), 64))) == 64
 
 
 def test_one_answer_is_held_at_a_time(tokenizer):

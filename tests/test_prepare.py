@@ -157,14 +157,14 @@ def test_help_names_every_option_and_default(capsys):
 
 def test_every_kind_of_file_is_read_in_name_order(session_cache, cache):
     tokenizer = prepare.Tokenizer.from_directory()
-    tokens, offsets = prepare.read_tokens("train")
-    texts = [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(offsets)]
-    assert (tokens[offsets[:-1]] == tokenizer.get_bos_token_id()).all()
+    tokens = prepare.read_tokens("train")
+    texts = [tokenizer.decode(document[1:].tolist()) for document in split_documents(tokens)]
+    assert tokens[0] == tokenizer.get_bos_token_id()
     assert texts[:900] == [*prose(1, 600), *prose(2, 300)]  # parquet, then jsonl, document by document
     assert "".join(texts[900:]) == "\n\n".join(prose(3, 100))  # .txt is cut, and nothing is lost
     assert max(map(len, texts[900:])) <= prepare.DOCUMENT_CHARS
-    tokens, offsets = prepare.read_tokens("val")
-    assert [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(offsets)] == [*prose(4, 150)]
+    documents = split_documents(prepare.read_tokens("val"))
+    assert [tokenizer.decode(document[1:].tolist()) for document in documents] == [*prose(4, 150)]
 
 
 def test_text_is_cut_at_lines_else_anywhere(tmp_path):
@@ -252,7 +252,7 @@ def test_vocabulary_of_260_is_the_bytes():
 
 def test_no_pickle_in_the_cache(cache):
     for path in cache.iterdir():
-        assert path.suffix in (".json", ".bpe", ".bin", ".idx") or path.name == ".autoresearch-lock"
+        assert path.suffix in (".json", ".bpe", ".bin") or path.name == ".autoresearch-lock"
     first = next(cache.glob("*.bpe")).read_text().splitlines()[0]
     assert first == "AA== 0"  # the byte 0 and its rank
 
@@ -385,18 +385,6 @@ def test_a_step_that_was_done_before_a_kill_is_not_done_again(own_cache, corpus,
     assert before.items() <= stamps(own_cache).items()
 
 
-def test_half_a_copy_of_a_cache_is_made_whole(own_cache, corpus, capsys):
-    """A copy was cut off: no manifest, and token files that end too early."""
-    assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
-    good = {path.name: path.read_bytes() for path in own_cache.glob("[!.]*")}
-    for name in good:
-        if name.endswith((".bin", ".idx")):
-            (own_cache / name).write_bytes(good[name][: len(good[name]) // 16 * 8])
-            (own_cache / "autoresearch-manifest.json").unlink()
-            assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
-            assert {path.name: path.read_bytes() for path in own_cache.glob("[!.]*")} == good
-
-
 def test_a_run_keeps_its_files_when_another_prepare_replaces_them(own_cache, corpus, capsys):
     assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 0
     prepare.start_run()
@@ -495,8 +483,8 @@ def test_redirected_output_has_no_carriage_return(tmp_path, corpus):
 
 
 def test_numbers_in_the_token_files_fit(cache):
-    tokens, offsets = prepare.read_tokens("train")
+    tokens = prepare.read_tokens("train")
     assert tokens.dtype == np.uint16 and tokens.max() < prepare.VOCAB_SIZE
-    assert offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) > 1).all()
+    assert all(len(document) > 1 for document in split_documents(tokens))
     with pytest.raises(ValueError, match="test"):
         prepare.read_tokens("test")

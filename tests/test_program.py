@@ -122,7 +122,8 @@ SCORE = "val_bpb = evaluate_bpb(run.compiled_model, tokenizer, batch_size)"  # h
 
 def test_a_night_in_small(clone):
     # Set-up
-    assert clone.sh("git status --porcelain") == ""
+    clone.sh("git config user.email agent@localhost")
+    assert clone.sh(command("user.email")) == "agent@localhost\n"
     (clone.folder / "results.tsv").write_text("an earlier night")
     clone.sh(command("git switch -c"))
     branch = clone.sh("git branch --show-current").strip()
@@ -265,4 +266,3 @@ def test_no_command_can_lose_work():
             assert word not in text
     assert not any("timeout" in text for text in blocks(ONE_GPU))  # a Mac has no such command
     assert len(PAGE.splitlines()) <= 180
-    assert "git status --porcelain` must print nothing" in ONE_GPU
