@@ -284,7 +284,7 @@ def read_rows(path, column):
             yield from csv.DictReader(file)
         else:
             rest = ""
-            while block := file.read(2**26):  # a file of many gigabytes is never in memory whole
+            while block := file.read(2**26):  # memory for a document, not for the file
                 *texts, rest = (rest + block).split("<|endoftext|>")
                 yield from ({column: text} for text in texts)
             yield {column: rest}

@@ -269,6 +269,14 @@ def test_another_column_is_another_corpus(own_cache, tmp_path, capsys):
     assert "--text-column=body" in prepare.load_manifest(own_cache)["command"]
 
 
+def test_the_key_of_a_text_has_all_that_it_depends_on(tmp_path):
+    path, other = write(tmp_path, "a.txt", "a") / "a.txt", write(tmp_path, "b.txt", "b") / "b.txt"
+    ways = [((path,), (path,)), ((path,), (other,)), ((path,), (path,), "", "body"), ((path,), (path,), "", "text", 9)]
+    keys = {prepare.Corpus(*way[:2], "", *way[3:]).key("train") for way in ways}
+    path.write_text("longer")
+    assert len(keys | {prepare.Corpus((path,), (path,), "").key("train")}) == 5
+
+
 def test_source_splits_by_whole_packages_in_a_stable_order():
     one, two = prepare.source_corpus(), prepare.source_corpus()
     assert one.paths == two.paths and one.key("val") == two.key("val")
