@@ -321,7 +321,7 @@ def source_corpus():
     return Corpus(train, val, f"Python source: {len(train):,} files, validation {len(val):,} files of other packages")
 
 
-def own_corpus(path, column):
+def own_corpus(path, column, length=DOCUMENT_CHARS):
     """The user's own file, or those of a folder, sub-folders included; part-2 is read before part-10."""
     found = [name for name in glob.glob("**", root_dir=path, recursive=True) or ["."] if (path / name).is_file()]
     found.sort(key=lambda name: (re.sub(r"\d+", lambda number: number[0].zfill(20), name), name))
@@ -334,7 +334,7 @@ def own_corpus(path, column):
     if not train or not val:
         train = val = train + val
         note = f"{len(train):,} file(s), the last {VAL_SHARE:.0%} of the text for validation"
-    return Corpus(train, val, f"{path}: {note}", column)
+    return Corpus(train, val, f"{path}: {note}", column, length)
 
 
 def climbmix_corpus(folder, num_shards, workers):
@@ -1122,7 +1122,8 @@ def prepare(args):
         elif args.corpus == "source":
             corpus = source_corpus()
         else:
-            corpus = own_corpus(Path(args.corpus), args.text_column)
+            length = min(DOCUMENT_CHARS, 4 * args.seq_len)  # about a row: what a short row can't hold would be lost
+            corpus = own_corpus(Path(args.corpus), args.text_column, length)
         show("corpus", corpus.note)
 
         recipe = [3, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS]

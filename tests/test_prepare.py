@@ -167,11 +167,10 @@ def test_every_kind_of_file_is_read_in_name_order(session_cache, cache):
     tokens, offsets = prepare.read_tokens("train")
     texts = [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(offsets)]
     assert (tokens[offsets[:-1]] == tokenizer.get_bos_token_id()).all()
-    assert texts[:900] == [*prose(1, 600), *prose(2, 300)]  # parquet, then jsonl, document by document
-    assert "".join(texts[900:]) == "\n\n".join(prose(3, 100))  # .txt is cut, and nothing is lost
-    assert max(map(len, texts[900:])) <= prepare.DOCUMENT_CHARS
+    assert "".join(texts) == "".join([*prose(1, 600), *prose(2, 300), "\n\n".join(prose(3, 100))])  # nothing is lost
+    assert max(map(len, texts)) <= 4 * prepare.MAX_SEQ_LEN  # cut for rows this short
     tokens, offsets = prepare.read_tokens("val")
-    assert [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(offsets)] == [*prose(4, 150)]
+    assert tokenizer.decode(tokens[tokens != tokens[0]].tolist()) == "".join(prose(4, 150))
 
 
 def test_text_is_cut_at_lines_else_anywhere():
@@ -372,12 +371,12 @@ def test_twice_does_nothing_and_other_options_redo_what_depends_on_them(own_cach
     status, out, _ = run(capsys, *options)
     assert status == 0 and "nothing to do" in out and stamps(own_cache) == before
 
-    assert run(capsys, *options, "--time-budget=7", "--seq-len=32")[0] == 0
+    assert run(capsys, *options, "--time-budget=7", "--eval-tokens=2048")[0] == 0
     after = stamps(own_cache)
     assert {name for name in before if after.get(name) != before[name]} == {"manifest.json"}
-    assert (prepare.TIME_BUDGET, prepare.MAX_SEQ_LEN) == (7, 32)
+    assert (prepare.TIME_BUDGET, prepare.EVAL_TOKENS) == (7, 2048)
 
-    assert run(capsys, *options, "--vocab-size=300")[0] == 0
+    assert run(capsys, *options, "--vocab-size=300", "--seq-len=32")[0] == 0
     assert not set(stamps(own_cache)) & (set(before) - {"manifest.json"})  # all new, and nothing old is left behind
     assert len(stamps(own_cache)) == len(before) and prepare.VOCAB_SIZE == 300
 
