@@ -2,7 +2,7 @@
 
     uv run prepare.py                     download climbmix, train the tokenizer, tokenize (once per machine)
     uv run prepare.py --corpus source     the same from the Python source on this machine, without a download
-    uv run prepare.py --corpus DIR        the same from your own .parquet, .jsonl or .txt files
+    uv run prepare.py --corpus DIR        the same from your own files of text
     uv run prepare.py decide|record       after a run of a night: is it kept? Then its row in results.tsv (program.md)
 
 The data goes one way: corpus files → BPE ranks → token files + manifest → packed batches → bits per byte.
@@ -13,8 +13,11 @@ Nobody edits this file during research: its bytes are part of the fingerprint un
 import argparse
 import base64
 import contextlib
+import csv
 import faulthandler
 import fcntl
+import glob
+import gzip
 import hashlib
 import json
 import math
@@ -33,7 +36,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, cached_property
 from itertools import count, groupby, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -41,7 +44,6 @@ from pathlib import Path
 NIGHT = __name__ == "__main__" and sys.argv[1:2] in (["decide"], ["record"])
 if not NIGHT:  # these two commands need none of it, and importing it takes seconds
     import numpy as np
-    import pyarrow as pa
     import pyarrow.parquet as pq
     import requests
     import tiktoken
@@ -77,8 +79,9 @@ SPECIAL_TOKENS = ["<|bos|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>
 TOKENIZER_CHARS = 100_000_000  # text that the tokenizer learns from; twice as much compresses no better
 TOKENIZER_DOC_CHARS = 10_000  # of one document, so that no long document dominates
 
-DOCUMENT_CHARS = 4_000  # .txt and source files are cut into documents of about this length
-SOURCE_VAL_SHARE = 0.05  # share of the bytes of `--corpus source` that is validation
+DOCUMENT_CHARS = 4_000  # a longer document is cut (not in climbmix): a row takes a document whole or its beginning
+VAL_SHARE = 0.05  # share of the text that is validation, if nothing is named so
+MIN_VAL_ROWS = 16  # fewer validation rows say nothing
 BUFFER_DOCS, REFILL_DOCS = 1_000, 128  # documents from which a row is packed; documents read at a time
 PREFETCH = 3  # batches made ahead
 
@@ -215,52 +218,88 @@ def fingerprint():
 
 
 # -----------------------------------------------------------------------------
-# Corpus: (training files, validation files, what they are in a phrase), in reading order; and the documents in them
+# Corpus: files in reading order, the documents in them, and which of these are validation
+
+KINDS = (".parquet", ".jsonl", ".csv", ".txt", ".md")  # of a user's own files, each also with .gz
+VAL_NAME = re.compile(r"(?i)(?<![a-z])(val|valid|validation|dev|test)(?![a-z])")  # not latest.txt
 
 
-def identity(paths):
-    """Hex key of these files. Another name, size or modification time gives another key."""
-    stats = ((path, path.stat()) for path in paths)
-    return cache_key(*(f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}" for path, stat in stats))
+class Corpus:
+    """Files of training and of validation text in reading order, and how they are read.
 
-
-def read_documents(paths):
-    """Yields the non-empty documents (str) of these files. Raises PrepareError for a file that can't be used."""
-    readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_text, ".py": read_text}
-    for path in tqdm(paths, desc="reading", unit="file", leave=False, disable=None):
-        try:
-            yield from (text for text in readers[path.suffix](path) if text.strip())
-        except (OSError, ValueError, AttributeError, KeyError, pa.ArrowException) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise PrepareError(f"{path} can't be used ({reason}): fix or remove it, then run again", 2) from error
-
-
-def read_parquet(path):
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256):
-            yield from (text or "" for text in batch.column("text").to_pylist())
-
-
-def read_jsonl(path):
-    with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
-        for number, line in enumerate(file, 1):
-            try:
-                text = json.loads(line)["text"] if line.strip() else ""
-            except (ValueError, KeyError, TypeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f'line {number} is not a JSON object with a string under "text"')
-            yield text
-
-
-def read_text(path):
-    """Cuts a file's text into documents of about DOCUMENT_CHARS, at the end of a line where there is one.
-
-    A row takes a document whole or its beginning. Without cuts only a book's first page would be seen.
+    If both are the same files, the last VAL_SHARE of the characters is validation. A document goes to one side whole,
+    unless it holds more than 1 % of the text: then each of its pieces does.
     """
+
+    def __init__(self, train, val, note, column="text", length=DOCUMENT_CHARS):
+        self.paths, self.shared, self.note = {"train": train, "val": val}, train == val, note
+        self.column, self.length = column, length
+
+    def key(self, split):
+        """Hex key of a split: other files (name, size, modification time) or another way to read them change it."""
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths[split]]
+        return cache_key(files, self.column, self.length, [split, VAL_SHARE] if self.shared else [])
+
+    @cached_property
+    def chars(self):
+        return sum(map(len, read_texts(self.paths["train"], self.column)))
+
+    def documents(self, split):
+        """Yields the documents (str) of a split, none of them empty. Raises PrepareError for a file of no use."""
+        position = 0
+        for text in read_texts(self.paths[split], self.column):
+            for part in cut(text, self.length) if self.shared and len(text) > 0.01 * self.chars else [text]:
+                if not self.shared or (position >= (1 - VAL_SHARE) * self.chars) == (split == "val"):
+                    yield from (piece for piece in cut(part, self.length) if piece.strip())
+                position += len(part)
+
+
+def cut(text, length):
+    """Pieces of about `length` characters, each to the end of a line where there is one; [text] if length is None."""
+    return re.findall(rf"(?s).{{1,{length - 1}}}(?:\n|\Z)|.{{{length}}}", text) if length else [text]
+
+
+def read_texts(paths, column):
+    """Yields the texts (str, "" for null) of these files. Raises PrepareError for a file of no use."""
+    for path in tqdm(paths, desc="reading", unit="file", leave=False, disable=None):
+        number = 1
+        try:
+            for row in read_rows(path, column):
+                text = row.get(column, row) or ""
+                if not isinstance(text, str):
+                    columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+                    raise ValueError(f"no text in column {column}; there is {columns}: choose by --text-column NAME")
+                yield text
+                number += 1
+        except Exception as error:  # of many kinds: every format has a library of its own
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise PrepareError(f"{path} can't be used (row {number}: {reason}): fix or remove it", 2) from error
+
+
+def read_rows(path, column):
+    """Yields the rows of a file as {column: text}. In a text file <|endoftext|> ends a row."""
+    name = path.name.lower()
+    kind = Path(name.removesuffix(".gz")).suffix
+    if kind == ".parquet":
+        with pq.ParquetFile(path) as file:
+            columns = [column] if column in file.schema_arrow.names else None  # all, for the message
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                yield from batch.to_pylist()
+        return
     # Installed packages have files in other encodings, and the user cannot change them.
-    text = path.read_text(encoding="utf-8-sig", errors="replace" if path.suffix == ".py" else "strict")
-    yield from re.findall(rf"(?s).{{1,{DOCUMENT_CHARS - 1}}}(?:\n|\Z)|.{{{DOCUMENT_CHARS}}}", text)
+    errors = "replace" if kind == ".py" else "strict"
+    with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors=errors) as file:
+        if kind == ".jsonl":
+            yield from (json.loads(line) if line.strip() else {column: None} for line in file)
+        elif kind == ".csv":
+            csv.field_size_limit(sys.maxsize)
+            yield from csv.DictReader(file)
+        else:
+            rest = ""
+            while block := file.read(2**26):  # memory for a document, not for the file
+                *texts, rest = (rest + block).split("<|endoftext|>")
+                yield from ({column: text} for text in texts)
+            yield {column: rest}
 
 
 def hash_order(name):
@@ -282,7 +321,7 @@ def source_corpus():
                 package = name.parts[0].removesuffix(".py")
                 files[name] = package, path
                 sizes[package] += path.stat().st_size
-    room, val_names = SOURCE_VAL_SHARE * sum(sizes.values()), set()
+    room, val_names = VAL_SHARE * sum(sizes.values()), set()
     for package in sorted(sizes, key=hash_order):
         if 0 < sizes[package] <= room:
             val_names.add(package)
@@ -291,19 +330,23 @@ def source_corpus():
     for name in sorted(files, key=hash_order):
         package, path = files[name]
         (val if package in val_names else train).append(path)
-    return train, val, f"Python source: {len(train):,} files, validation {len(val):,} files of other packages"
+    return Corpus(train, val, f"Python source: {len(train):,} files, validation {len(val):,} files of other packages")
 
 
-def folder_corpus(folder):
-    """The user's own files, sub-folders included. The last in name order is validation."""
-    if not folder.is_dir():
-        raise PrepareError(f"--corpus {folder}: no such folder (known names: climbmix, source)", 2)
-    kinds = (".parquet", ".jsonl", ".txt")
-    files = sorted(path for path in folder.rglob("*") if path.suffix in kinds and path.is_file())
-    if len(files) < 2:
-        text = f"--corpus {folder} holds {len(files)} file(s) of {', '.join(kinds)}; it needs two or more"
-        raise PrepareError(f"{text}, the last in name order is validation: split your text into several files", 2)
-    return files[:-1], files[-1:], f"{folder}: {len(files) - 1} training file(s), validation {files[-1].name}"
+def own_corpus(path, column, length=DOCUMENT_CHARS):
+    """The user's own file, or those of a folder, sub-folders included; part-2 is read before part-10."""
+    found = [name for name in glob.glob("**", root_dir=path, recursive=True) or ["."] if (path / name).is_file()]
+    found.sort(key=lambda name: (re.sub(r"\d+", lambda number: number[0].zfill(20), name), name))
+    names = [name for name in found if str(path / name).lower().removesuffix(".gz").endswith(KINDS)]
+    if not names:
+        seen = ", ".join(sorted({(path / name).suffix or (path / name).name for name in found})[:8]) or "nothing"
+        raise PrepareError(f"--corpus {path} needs files of {', '.join(KINDS)}, gzipped or not; there is: {seen}", 2)
+    train, val = ([path / name for name in names if bool(VAL_NAME.search(name)) == side] for side in (False, True))
+    note = f"{len(train):,} file(s) for training, {len(val):,} for validation"
+    if not train or not val:
+        train = val = train + val
+        note = f"{len(train):,} file(s), the last {VAL_SHARE:.0%} of the text for validation"
+    return Corpus(train, val, f"{path}: {note}", column, length)
 
 
 def climbmix_corpus(folder, num_shards, workers):
@@ -312,7 +355,8 @@ def climbmix_corpus(folder, num_shards, workers):
     names = [f"shard_{i:05d}.parquet" for i in range(count)] + [VAL_SHARD]
     download_shards(names, folder, workers)
     paths = [folder / name for name in names]
-    return paths[:-1], paths[-1:], f"climbmix: {count:,} training shard(s), validation {VAL_SHARD}"
+    note = f"climbmix: {count:,} training shard(s), validation {VAL_SHARD}"
+    return Corpus(paths[:-1], paths[-1:], note, length=None)  # whole documents, as the original has them
 
 
 # -----------------------------------------------------------------------------
@@ -529,7 +573,7 @@ def write_tokens(tokenizer, documents, path):
             for ids in pool.map(tokenizer.encode_document, texts):  # tiktoken releases Python's lock
                 tokens.write(ids.tobytes())
         if tokens.tell() == 0:
-            raise PrepareError("the files hold no text, every document is empty", 2)
+            raise PrepareError("the files hold no text, or too little for a validation part: add text", 2)
 
 
 def batched(items, n):
@@ -1186,47 +1230,49 @@ def prepare(args):
             before = load_manifest(cache)
         except PrepareError:
             before = None
-        checksums, damaged = (
-            dict(before["files"].values()) if before else {},
-            not before and (cache / MANIFEST).exists(),
-        )
+        checksums = dict(before["files"].values()) if before else {}
+        damaged = not before and (cache / MANIFEST).exists()
 
         def up_to_date(path):
             """A file's name has the key of what it was made from. A file that is there was complete."""
             return path.exists() and not damaged and checksums.get(path.name) in (None, checksum(path))
 
         if args.corpus == "climbmix":
-            train, val, note = climbmix_corpus(cache / "data", args.num_shards, args.download_workers)
+            corpus = climbmix_corpus(cache / "data", args.num_shards, args.download_workers)
+        elif args.corpus == "source":
+            corpus = source_corpus()
         else:
-            train, val, note = source_corpus() if args.corpus == "source" else folder_corpus(Path(args.corpus))
-        show("corpus", note)
+            length = min(DOCUMENT_CHARS, 4 * args.seq_len)  # about a row: what a short row can't hold would be lost
+            corpus = own_corpus(Path(args.corpus), args.text_column, length)
+        show("corpus", corpus.note)
 
-        recipe = [2, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS, DOCUMENT_CHARS]
-        path = cache / f"tokenizer-{cache_key(identity(train), args.vocab_size, recipe)}.bpe"
+        recipe = [3, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS]
+        path = cache / f"tokenizer-{cache_key(corpus.key('train'), args.vocab_size, recipe)}.bpe"
         files, made = {"tokenizer": path}, not up_to_date(path)
         if made:
-            Tokenizer.train(sample_texts(read_documents(train)), args.vocab_size).save(path)
+            Tokenizer.train(sample_texts(corpus.documents("train")), args.vocab_size).save(path)
         tokenizer = Tokenizer.load(path)
         vocab_size = tokenizer.get_vocab_size()
         show("tokenizer", f"{vocab_size:,} tokens, {'made' if made else 'up to date'}")
         if vocab_size < args.vocab_size:
             show("", f"note: the text has no more tokens to learn, {args.vocab_size:,} were asked for")
 
-        for split, paths in (("train", train), ("val", val)):
-            path = cache / f"{split}-{cache_key(identity(paths), checksum(files['tokenizer']), recipe)}.bin"
+        for split in ("train", "val"):
+            path = cache / f"{split}-{cache_key(corpus.key(split), checksum(files['tokenizer']), recipe)}.bin"
             files[f"{split}_tokens"] = path
             if made := not up_to_date(path):
-                write_tokens(tokenizer, read_documents(paths), path)
+                write_tokens(tokenizer, corpus.documents(split), path)
             tokens = np.memmap(path, np.uint16, "r").view(np.ndarray)
             lengths = np.fromiter((length for length, *_ in document_stream(tokens, forever=False)), np.int64)
-            documents = f"{len(tokens):,} tokens in {len(lengths):,} documents"
+            held = np.minimum(lengths, args.seq_len + 1).sum() / len(tokens)
+            documents = f"{len(tokens):,} tokens in {len(lengths):,} documents, rows hold {held:.0%} at most"
             show(split, f"{documents}, {'made' if made else 'up to date'}")
 
         wanted = args.eval_tokens // args.seq_len
         rows = sum(1 for _ in islice(pack_rows(tokens, args.seq_len, forever=False), wanted))  # of val
-        if rows == 0:
-            text = f"the validation text fills no row of --seq-len {args.seq_len}: choose a smaller one, or add text"
-            raise PrepareError(text, 2)
+        if rows < MIN_VAL_ROWS:
+            text = f"the validation text fills {rows} rows of --seq-len {args.seq_len}, {MIN_VAL_ROWS} are needed"
+            raise PrepareError(f"{text}: add text, add a file named val, or choose a smaller --seq-len", 2)
         if rows < wanted:
             show("", f"note: validation has {rows * args.seq_len:,} tokens in whole rows; --eval-tokens asks for more")
 
@@ -1278,12 +1324,14 @@ def parse_arguments(argv):
     )
     corpora = (
         "climbmix: download prose from the Hugging Face hub (default); source: the Python source files on this "
-        "machine, no download; DIR: your own .parquet (column text), .jsonl (key text) or .txt files, the last in "
-        "name order is validation"
+        f"machine, no download; DIR: your own {', '.join(KINDS)} files, gzipped or not, or one of them; validation is "
+        "what is named val, valid, validation, dev or test, else the last 5 %% of the text"
     )
     parser.add_argument("--corpus", default="climbmix", metavar="climbmix|source|DIR", help=corpora)
     scales = "defaults for what follows (full: a CUDA GPU of 38 GB; desktop: any other GPU; laptop: none)"
     parser.add_argument("--scale", choices=SCALES, help=scales)
+    column = "column (.jsonl: key) of your own files that has the text (text)"
+    parser.add_argument("--text-column", default="text", metavar="NAME", help=column)
     for name, (*_, defaults, meaning) in OPTIONS.items():
         each = ", ".join(f"{scale} {default:,}" for scale, default in zip(SCALES, defaults))
         text = f"{meaning} ({f'{defaults[0]:,}' if len(set(defaults)) == 1 else each})"
@@ -1299,8 +1347,9 @@ def parse_arguments(argv):
         if not low <= getattr(args, name) <= high or getattr(args, name) == 0:
             limits = f"from {low:,} to {high:,}" + ", not 0" * (low < 0)
             parser.error(f"{option(name)} needs a whole number {limits}, got {getattr(args, name):,}")
-    if args.eval_tokens < args.seq_len:
-        parser.error(f"--eval-tokens {args.eval_tokens} is less than one row of --seq-len {args.seq_len}")
+    if args.eval_tokens < MIN_VAL_ROWS * args.seq_len:
+        text = f"--eval-tokens {args.eval_tokens} is less than {MIN_VAL_ROWS} rows of --seq-len {args.seq_len}"
+        parser.error(text)
     args.command = shlex.join(["uv", "run", "prepare.py", *(f"{option(k)}={v}" for k, v in vars(args).items())])
     return args
 

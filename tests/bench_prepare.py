@@ -39,7 +39,7 @@ def timed(what, work, amounts):
 
 def source_shards(folder):
     """Four shards of Python source, 20 MB of text each, as climbmix lays them out."""
-    texts = prepare.read_documents(prepare.source_corpus()[0])
+    texts = prepare.source_corpus().documents("train")
     for i in range(4):
         shard, size = [], 0
         while size < 20e6:
@@ -73,7 +73,7 @@ def main():
             )
         timed("again, nothing to do", lambda: prepare.download_shards(names, data, 8), lambda _: {"MB": megabytes})
         paths = [data / name for name in names]
-        texts = list(prepare.sample_texts(prepare.read_documents(paths[:-1])))
+        texts = list(prepare.sample_texts(prepare.read_texts(paths[:-1], "text")))
         characters = sum(map(len, texts)) / 1e6
         print(f"{'':<34}{characters:8.1f} M characters for the tokenizer")
         tokenizer = timed(
@@ -84,7 +84,7 @@ def main():
 
         def tokenize(cpus):
             os.sched_setaffinity(0, available[:cpus])
-            prepare.write_tokens(tokenizer, prepare.read_documents(paths[:-1]), folder / f"train-{cpus}.bin")
+            prepare.write_tokens(tokenizer, prepare.read_texts(paths[:-1], "text"), folder / f"train-{cpus}.bin")
             os.sched_setaffinity(0, available)
             return (folder / f"train-{cpus}.bin").stat().st_size / 2e6
 

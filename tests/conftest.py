@@ -44,13 +44,13 @@ def prose(seed, documents, longest=40):
 
 
 def write_corpus(folder):
-    """A folder of every kind of file; the last in name order, validation, is parquet."""
+    """A folder of several kinds of file; validation is parquet."""
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"text": list(prose(1, 600))}), folder / "a.parquet")
     lines = [json.dumps({"text": text, "more": 1}) for text in prose(2, 300)]
     (folder / "b.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
     (folder / "c.txt").write_text("\n\n".join(prose(3, 100)), encoding="utf-8")
-    pq.write_table(pa.table({"text": list(prose(4, 150))}), folder / "d.parquet")
+    pq.write_table(pa.table({"text": list(prose(4, 150))}), folder / "val.parquet")
     return folder
 
 

@@ -1,12 +1,13 @@
 """prepare.py's command line, corpora and cache: what it refuses, what it redoes, what survives a kill."""
 
+import csv
+import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, SMALL, prose, run_python
+from test_loader import split_documents
 
 import prepare
 
@@ -48,7 +50,7 @@ def run(capsys, *options):
         (["--vocab-size=many"], "'many'"),
         (["--seq-len=0"], "--seq-len needs a whole number from 1"),
         (["--time-budget=-5"], "--time-budget needs"),
-        (["--eval-tokens=10", "--seq-len=20"], "less than one row"),
+        (["--eval-tokens=10", "--seq-len=20"], "less than 16 rows"),
         (["--num-shards=0"], "from -1 to 6,542, not 0, got 0"),
         (["--num-shards=6543"], "to 6,542"),
         (["--scale=huge"], "full"),
@@ -69,7 +71,7 @@ def write(folder, name, text):
 
 def nothing(folder):
     folder.mkdir()
-    write(folder, "readme.md", "no text here")
+    write(folder, "index.html", "no text here")
 
 
 def one_document(folder):
@@ -94,9 +96,14 @@ def broken_parquet(folder):
 
 def no_column(folder):
     folder.mkdir()
-    pq.write_table(pa.table({"words": ["a"]}), folder / "a.parquet")
+    pq.write_table(pa.table({"words": ["a"], "more": [1]}), folder / "a.parquet")
     pq.write_table(pa.table({"text": [1]}), folder / "b.parquet")
     write(folder, "c.txt", "fine")
+
+
+def cut_off_gzip(folder):
+    folder.mkdir()
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"fine" * 100)[:-9])
 
 
 def nested(folder):
@@ -111,21 +118,22 @@ def latin(folder):
 
 def short_validation(folder):
     write(folder, "a.txt", " ".join(prose(1, 30)))
-    write(folder, "b.txt", "too short")
+    write(folder, "val.txt", "too short")
 
 
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (nothing, ["holds 0 file"]),
-        (one_document, ["holds 1 file", "two or more"]),
+        (nothing, [".jsonl, .csv, .txt", "there is: .html"]),
+        (one_document, ["too little", "add text"]),
         (only_empty, ["hold no text"]),
-        (broken_jsonl, ["a.jsonl", "line 2"]),
-        (broken_parquet, ["a.parquet can't be used (Parquet"]),
-        (no_column, ["a.parquet", "text"]),
-        (nested, ["a.jsonl", "line 2"]),
+        (broken_jsonl, ["a.jsonl", "row 2", "column text; there is text (int)"]),
+        (broken_parquet, ["a.parquet can't be used (row 1: Parquet"]),
+        (no_column, ["a.parquet", "column text; there is words (str), more (int)", "--text-column"]),
+        (cut_off_gzip, ["a.txt.gz", "end-of-stream"]),
+        (nested, ["a.jsonl", "row 2"]),
         (latin, ["a.txt", "utf-8"]),
-        (short_validation, ["--seq-len 64", "smaller"]),
+        (short_validation, ["0 rows of --seq-len 64", "a file named val"]),
     ],
 )
 def test_a_corpus_that_cannot_be_used_is_one_line_and_exit_2(own_cache, tmp_path, capsys, make, named):
@@ -141,7 +149,7 @@ def test_a_corpus_that_cannot_be_used_is_one_line_and_exit_2(own_cache, tmp_path
 
 def test_a_missing_folder_is_said(own_cache, tmp_path, capsys):
     status, _, error = run(capsys, f"--corpus={tmp_path / 'nowhere'}")
-    assert status == 2 and "no such folder" in error
+    assert status == 2 and "nowhere needs files of" in error and "there is: nothing" in error
 
 
 def test_help_names_every_option_and_default(capsys):
@@ -160,17 +168,15 @@ def test_every_kind_of_file_is_read_in_name_order(session_cache, cache):
     tokens = prepare.read_tokens("train")
     texts = [tokenizer.decode(document[1:].tolist()) for document in split_documents(tokens)]
     assert tokens[0] == tokenizer.get_bos_token_id()
-    assert texts[:900] == [*prose(1, 600), *prose(2, 300)]  # parquet, then jsonl, document by document
-    assert "".join(texts[900:]) == "\n\n".join(prose(3, 100))  # .txt is cut, and nothing is lost
-    assert max(map(len, texts[900:])) <= prepare.DOCUMENT_CHARS
-    documents = split_documents(prepare.read_tokens("val"))
-    assert [tokenizer.decode(document[1:].tolist()) for document in documents] == [*prose(4, 150)]
+    assert "".join(texts) == "".join([*prose(1, 600), *prose(2, 300), "\n\n".join(prose(3, 100))])  # nothing is lost
+    assert max(map(len, texts)) <= 4 * prepare.MAX_SEQ_LEN  # cut for rows this short
+    tokens = prepare.read_tokens("val")
+    assert tokenizer.decode(tokens[tokens != tokens[0]].tolist()) == "".join(prose(4, 150))
 
 
-def test_text_is_cut_at_lines_else_anywhere(tmp_path):
+def test_text_is_cut_at_lines_else_anywhere():
     def pieces(text):
-        (tmp_path / "x.txt").write_text(text)
-        found = list(prepare.read_text(tmp_path / "x.txt"))
+        found = prepare.cut(text, 4000)
         assert "".join(found) == text
         return found
 
@@ -179,25 +185,119 @@ def test_text_is_cut_at_lines_else_anywhere(tmp_path):
     assert [len(piece) for piece in pieces("a" * 3000 + "\n\n" + "b" * 500 + "\n" + "c" * 3000)] == [3503, 3000]
 
 
+@pytest.mark.parametrize("name", "a.parquet b.PARQUET c.jsonl.gz d.Jsonl e.csv f.CSV.gz g.TXT h.txt.gz i.md".split())
+def test_one_file_of_any_kind_is_a_corpus(tmp_path, name):
+    """Nulls are left out. Arrow's string_view and dictionary (a category of pandas) are text."""
+    texts = [*prose(5, 200), 'Ada says "so",\nand\u2028goes', *prose(6, 200), "<null>"]
+    path, lower = tmp_path / name, name.lower()
+    values = [None if text == "<null>" else text for text in texts]
+    with (gzip.open if lower.endswith(".gz") else open)(path, "wt", encoding="utf-8", newline="") as file:
+        if ".jsonl" in lower:
+            file.write("\n\n".join(json.dumps({"n": 1, "body": value}) for value in values))
+        elif ".csv" in lower:
+            csv.writer(file).writerows([["n", "body"], *([1, value] for value in values)])
+        else:
+            file.write("<|endoftext|>".join(value or "" for value in values))
+    if "parquet" in lower:
+        kind = pa.string_view() if name == "a.parquet" else pa.dictionary(pa.int32(), pa.string())
+        pq.write_table(pa.table({"n": [1] * len(values), "body": pa.array(values).cast(kind)}), path)
+    corpus = prepare.own_corpus(path, "body")
+    train, val = list(corpus.documents("train")), list(corpus.documents("val"))
+    assert train + val == texts[:-1]
+    assert 0.04 < sum(map(len, val)) / sum(map(len, texts)) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("names", "val"),
+    [
+        (["big.jsonl", "readme.txt"], None),
+        (["a.txt", "latest.txt", "attest/b.txt", "devil.txt", "evaluation.txt"], None),
+        (["test.txt"], None),  # there is nothing else
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"], [2]),
+        (["data/train/x.jsonl", "data/Validation/x.jsonl", "wiki.dev.txt", "val2.csv"], [1, 3, 2]),
+        (["TinyStories-train.txt", "TinyStories-valid.txt"], [1]),
+    ],
+)
+def test_validation_is_what_is_named_so(tmp_path, names, val):
+    folder = tmp_path / "test"  # only names below the folder count
+    for name in [*names, ".cache/val.txt", "val/.hidden.txt", "val.html"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    paths = prepare.own_corpus(folder, "text").paths
+    if val is None:
+        assert paths["train"] == paths["val"] == sorted(folder / name for name in names)
+    else:
+        assert paths["val"] == [folder / names[i] for i in val]
+        assert set(paths["train"]) == {folder / name for name in names} - set(paths["val"])
+
+
+@pytest.mark.parametrize(("documents", "lines"), [(1, 80_000), (30, 200), (300, 150), (3000, 3)])
+def test_else_the_last_twentieth_of_the_text_is_validation(tmp_path, documents, lines):
+    """A book of millions of characters, some long documents, many long ones, and short ones, in twelve files."""
+    texts = [
+        "".join(f"document {i}, line {j}: Ada paints the clock, and says so.\n" for j in range(lines))
+        for i in range(documents)
+    ]
+    for part in range(12):
+        rows = texts[part * len(texts) // 12 : (part + 1) * len(texts) // 12]
+        write(tmp_path / "text", f"part-{part}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in rows))
+    corpus = prepare.own_corpus(tmp_path / "text", "text")
+    train, val = list(corpus.documents("train")), list(corpus.documents("val"))
+    assert "".join(train + val) == "".join(texts)  # part-2 before part-10
+    assert 0.04 < sum(map(len, val)) / sum(map(len, texts)) <= 0.0501
+    assert max(map(len, train + val)) <= prepare.DOCUMENT_CHARS
+    if documents >= 300:  # whole documents
+        assert val[0].startswith("document") and "line 0:" in val[0][:30]
+
+
+def test_climbmix_is_not_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "download_shards", lambda *_: None)
+    for name in ("shard_00000.parquet", prepare.VAL_SHARD):
+        pq.write_table(pa.table({"text": ["a line\n" * 2000, None, "short"]}), tmp_path / name)
+    corpus = prepare.climbmix_corpus(tmp_path, 1, 1)
+    assert list(corpus.documents("train")) == list(corpus.documents("val")) == ["a line\n" * 2000, "short"]
+
+
+def test_another_column_is_another_corpus(own_cache, tmp_path, capsys):
+    columns = {"text": list(prose(1, 900, 5)), "body": list(prose(2, 900, 5))}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    options = [f"--corpus={tmp_path}/a.parquet", *SMALL, "--eval-tokens=1024"]
+    assert run(capsys, *options)[0] == 0
+    assert run(capsys, *options, "--text-column=body")[1].count("made") == 3
+    first = split_documents(prepare.read_tokens("train"))[0]
+    assert prepare.Tokenizer.from_directory().decode(first[1:].tolist()) == columns["body"][0]
+    assert "--text-column=body" in prepare.load_manifest(own_cache)["command"]
+
+
+def test_the_key_of_a_text_has_all_that_it_depends_on(tmp_path):
+    path, other = write(tmp_path, "a.txt", "a") / "a.txt", write(tmp_path, "b.txt", "b") / "b.txt"
+    ways = [((path,), (path,)), ((path,), (other,)), ((path,), (path,), "", "body"), ((path,), (path,), "", "text", 9)]
+    keys = {prepare.Corpus(*way[:2], "", *way[3:]).key("train") for way in ways}
+    path.write_text("longer")
+    assert len(keys | {prepare.Corpus((path,), (path,), "").key("train")}) == 5
+
+
 def test_source_splits_by_whole_packages_in_a_stable_order():
     one, two = prepare.source_corpus(), prepare.source_corpus()
-    assert one == two
+    assert one.paths == two.paths and one.key("val") == two.key("val")
     roots = [Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "stdlib")]  # purelib may lie in stdlib
 
     def package(path):
         root = next(root for root in roots if root in path.parents)
         return path.relative_to(root).parts[0].removesuffix(".py")
 
-    train, val = ({package(path) for path in paths} for paths in one[:2])
+    train, val = ({package(path) for path in paths} for paths in one.paths.values())
     assert train and val and not train & val
-    size = [sum(path.stat().st_size for path in paths) for paths in one[:2]]
+    size = [sum(path.stat().st_size for path in paths) for paths in one.paths.values()]
     assert 0.03 < size[1] / sum(size) <= 0.05
-    assert any(path.name == "argparse.py" for path in one[0] + one[1])
+    assert any(path.name == "argparse.py" for paths in one.paths.values() for path in paths)
 
 
 def test_source_in_another_encoding_is_read_all_the_same(tmp_path):
     (tmp_path / "odd.py").write_bytes(b"# -*- coding: latin-1 -*-\nname = 'na\xefve'\n")
-    assert list(prepare.read_documents([tmp_path / "odd.py"])) == ["# -*- coding: latin-1 -*-\nname = 'na\ufffdve'\n"]
+    assert list(prepare.read_texts([tmp_path / "odd.py"], "text")) == [
+        "# -*- coding: latin-1 -*-\nname = 'na\ufffdve'\n"
+    ]
 
 
 # -----------------------------------------------------------------------------
@@ -272,15 +372,13 @@ def test_twice_does_nothing_and_other_options_redo_what_depends_on_them(own_cach
     status, out, _ = run(capsys, *options)
     assert status == 0 and "nothing to do" in out and stamps(own_cache) == before
 
-    assert run(capsys, *options, "--time-budget=7", "--seq-len=32")[0] == 0
+    assert run(capsys, *options, "--time-budget=7", "--eval-tokens=2048")[0] == 0
     after = stamps(own_cache)
-    assert {name for name in before if after.get(name) != before[name]} == {"autoresearch-manifest.json"}
-    assert (prepare.TIME_BUDGET, prepare.MAX_SEQ_LEN) == (7, 32)
+    assert {name for name in before if after.get(name) != before[name]} == {prepare.MANIFEST}
+    assert (prepare.TIME_BUDGET, prepare.EVAL_TOKENS) == (7, 2048)
 
-    assert run(capsys, *options, "--vocab-size=300")[0] == 0
-    assert not set(stamps(own_cache)) & (
-        set(before) - {"autoresearch-manifest.json"}
-    )  # all new, and nothing old is left behind
+    assert run(capsys, *options, "--vocab-size=300", "--seq-len=32")[0] == 0
+    assert not set(stamps(own_cache)) & (set(before) - {prepare.MANIFEST})  # all new, and nothing old is left behind
     assert len(stamps(own_cache)) == len(before) and prepare.VOCAB_SIZE == 300
 
 
@@ -311,6 +409,8 @@ def test_small_validation_and_small_vocabulary_are_said(own_cache, corpus, capsy
     status, out, _ = run(capsys, f"--corpus={corpus}", *SMALL, "--eval-tokens=10000000", "--vocab-size=60000")
     assert status == 0
     assert "--eval-tokens asks for more" in out and "60,000 were asked for" in out
+    lengths = np.diff(prepare.read_tokens("train")[1])
+    assert f"rows hold {np.minimum(lengths, 65).sum() / lengths.sum():.0%} at most" in out
 
 
 def test_every_file_damaged_or_missing_is_found_and_mended(own_cache, corpus, capsys):
@@ -362,7 +462,7 @@ def test_a_cache_of_another_version_is_named(own_cache, corpus, capsys):
     with pytest.raises(prepare.PrepareError, match="nothing is prepared"):
         prepare.Tokenizer.from_directory()
     own_cache.mkdir()
-    (own_cache / "autoresearch-manifest.json").write_text('{"layout": 1, "constants": {}, "checksum": "0123456789ab"}')
+    (own_cache / prepare.MANIFEST).write_text('{"layout": 1, "constants": {}, "checksum": "0123456789ab"}')
     (own_cache / "val-0123456789ab.bin").write_text("old")
     prepare.forget_cache()
     with pytest.raises(prepare.PrepareError, match=r"damaged.*: run `uv run prepare.py`"):
@@ -479,7 +579,7 @@ def test_redirected_output_has_no_carriage_return(tmp_path, corpus):
     done = run_python("prepare.py", f"--corpus={corpus}", *SMALL, cache=tmp_path)
     assert done.returncode == 0 and "\r" not in done.stdout + done.stderr
     assert done.stderr == "" and len(done.stdout.splitlines()) < 12
-    assert json.loads((tmp_path / "autoresearch-manifest.json").read_text())["constants"]["MAX_SEQ_LEN"] == 64
+    assert json.loads((tmp_path / prepare.MANIFEST).read_text())["constants"]["MAX_SEQ_LEN"] == 64
 
 
 def test_numbers_in_the_token_files_fit(cache):
