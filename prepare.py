@@ -107,7 +107,6 @@ class EvaluationError(Exception):
 # -----------------------------------------------------------------------------
 # Cache: one folder for everything prepared, and a manifest that says what is in force
 
-
 MANIFEST = "autoresearch-manifest.json"
 
 
@@ -633,11 +632,11 @@ def check_gpu(device, scale):
         major, minor = torch.cuda.get_device_capability(device)
         oldest = min(map(int, re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))), default=0)
         if 10 * major + minor < oldest:
-            text = f"{device_name()} has no kernels for compute capability {major}.{minor}, only from {oldest / 10} on"
+            text = f"PyTorch has no kernels for {device_name()}: its compute capability is under {oldest / 10}"
             raise PrepareError(f"{text}: install an older PyTorch, or use the CPU with DEVICE=cpu")
     if scale == "full" and device.type != "cpu" and not bfloat16_works(device):
-        text = "scale full needs a GPU that has bfloat16 (CUDA, compute capability 8 or more)"
-        raise PrepareError(f"{text}, this is {device_name()}: `uv run prepare.py --scale desktop`", 2)
+        text = f"scale full needs a CUDA GPU of compute capability 8 or more, this is {device_name()}"
+        raise PrepareError(f"{text}: `uv run prepare.py --scale desktop`", 2)
 
 
 def missing_gpu(device, scale):
@@ -646,7 +645,7 @@ def missing_gpu(device, scale):
     if device.type != "cpu" or os.environ.get("DEVICE") or (scale == "laptop" and not driver):
         return None
     text = f"scale {scale}, but PyTorch {torch.__version__} (CUDA: {torch.version.cuda}) sees no GPU"
-    return text + ", although NVIDIA's driver is here: another PyTorch or driver is needed" * driver
+    return text + ", although NVIDIA's driver is here: README, Another PyTorch" * driver
 
 
 def peak_memory_mb():
