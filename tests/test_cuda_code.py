@@ -102,6 +102,7 @@ def pretend(chip):
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
         "synchronize": None,
+        "_lazy_init": None,
         "_exchange_device": 0,
         "_maybe_exchange_device": 0,
     }.items():
@@ -226,17 +227,22 @@ def main(chip, scale):
     from torch._dynamo.utils import counters
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.nn.attention import flex_attention as flex
-    from torch.utils._pytree import tree_map_only
 
     make_mask = flex.create_block_mask
 
     def block_mask(*arguments, device):
         with torch._subclasses.fake_tensor.unset_fake_temporarily():
             mask = make_mask(*arguments, device="cpu")
-        empty = partial(torch.empty_like, device=device)
-        return flex.BlockMask(*tree_map_only(torch.Tensor, empty, mask.as_tuple(flatten=False)))
+        for name, value in vars(mask).items():
+            if isinstance(value, torch.Tensor):
+                setattr(mask, name, torch.empty_like(value, device=device))
+        return mask
+
+    def bfloat16(module):  # PyTorch 2.11 can't change a fake parameter in place
+        module.weight = torch.nn.Parameter(module.weight.detach().bfloat16())
 
     patch(flex, "create_block_mask", block_mask)
+    patch(torch.nn.Embedding, "bfloat16", bfloat16)
     patch(train, "init_weights", lambda model, config: None)  # there are no values to set and check
     config, (T, V), device = getattr(train, scale), SCALES[scale], torch.device("cuda:0")
     tokens = T * config.DEVICE_BATCH_SIZE
