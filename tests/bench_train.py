@@ -9,35 +9,24 @@ a file starts with an empty compiler cache, the later ones use what it left. Pri
 per second, MFU, peak memory, and the seconds outside the budget (until the first batch, and from the last step to the
 end) for the first run and as the median of the later ones.
 
-Lower bounds for one step of the full model on an H100: 2^19 tokens, 790 TFLOP/s on random bfloat16, 3.0 TB/s. The
-operations are counted by hand, the bytes as torch.compile of PyTorch 2.9.1 plans its kernels for compute capability
-9.0, each tensor once per kernel. This is computed without a GPU: a prediction to compare a profile with, not a
-measurement. The last column is the larger of both, kernel by kernel.
+Lower bounds for one step of the full model on an H100, 2^19 tokens, as test_cuda_code.py computes them from the code
+that PyTorch 2.9.1 writes (790 TFLOP/s, 3.0 TB/s): a prediction to compare a profile with, not a measurement.
 
-    stage                                         TFLOP     GB    ms: operations   bytes   bound
-    matrices of the blocks                         79.2    236            100       79     102
-    head                                           13.2     27             17        9      17
-    attention, windows as they are, 5/2 backward   25.0     52             32       17      32
-    softcap and loss, with backward                         26                       9       9
-    ReLU² with backward                                     86                      29      29
-    norms, rotary, residuals, value embeddings             163                      54      54
-    sum                                                                                    243
+    stage                                 TFLOP     GB    ms: operations   bytes   bound
+    matrices of the blocks                 79.2    235         100          78     102
+    norms, rotary, residuals, embeddings    0.0    172           0          57      57
+    attention                              32.2     48          41          16      41
+    ReLU²                                   0.0     86           0          29      29
+    head                                   13.2     26          17           9      17
+    softcap and loss                        0.0     32           0          11      11
+    optimizer                               0.3      1           0           0       1
+    sum                                   124.9    599         158         200     257
 
-That is 2.2 M tokens/s, 1.30 times the original's 1.67. The aim is 1.35. What could bring it, largest first:
-- norm before rotary instead of after it: 163 GB instead of 215 (17 ms). Done, with the same result;
-- ReLU² inside the matrix product before it, with a Triton product or autotuning: up to 29 ms. Not done;
-- one product for Q, K, V: 26 GB less in the products, where operations take longer than bytes, and 10 GB more around
-  them: no gain in this plan. Not done;
-- logits: the compiler keeps them in bfloat16 and computes loss and gradient in three passes of 8.6 GB. A kernel of our
-  own would save one of them (3 ms). Not done;
-- AdamW is one kernel per table, Muon 36 per shape: some milliseconds together;
-- the loss is read once per step, after some 1,500 kernels were queued: some tenths of a millisecond.
+That is 2.0 M tokens/s, 1.22 times the original's 1.67. The aim is 1.35. Not done: ReLU² inside the product before it
+(up to 29 ms); one product for Q, K and V (it saves as much as it adds around it).
 
-Memory: the forward pass keeps 0.34 GiB per row of 2,048 tokens, 0.125 of it around ReLU²: 22 GiB for 64 rows. 128 rows
-would take 44 GiB and make 2^31 logits, one too many for an index of 32 bits.
-
-Outside the budget: evaluation computes 1.7 PFLOP forward and reads 690 GB of float32 logits about five times, about
-5 s. Packing its rows takes 0.06 s, checking a GB of token files 0.5 s (bench_prepare.py, two CPU cores).
+Memory: the forward pass keeps 0.34 GiB per row of 2,048 tokens, 22 GiB for 64 rows. 128 rows would make 2^31 logits,
+one too many for an index of 32 bits. Evaluation computes 1.7 PFLOP and reads 690 GB of logits about five times: 5 s.
 """
 
 import argparse
