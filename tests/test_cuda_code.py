@@ -40,7 +40,7 @@ CHIPS = {  # compute capability: (a chip, its shared memory per block in bytes, 
     "10.0": ("B200", 232_448, 148),
     "12.0": ("RTX 5090", 101_376, 170),
 }
-SCALES = {"FULL": (2048, 8192)}  # config in train.py: (tokens a row, vocabulary)
+SCALES = {"FULL": (2048, 8192), "DESKTOP": (1024, 8192)}  # config in train.py: (tokens a row, vocabulary)
 FLOPS, BYTES_PER_S = 790e12, 3.0e12  # of an H100: random bfloat16, and its memory
 SKIP = "can't pretend:"
 
@@ -104,6 +104,7 @@ def pretend(chip):
         "_maybe_exchange_device": 0,
     }.items():
         patch(torch.cuda, attribute, lambda *_, answer=answer, **__: answer)
+    torch._dynamo.utils.common_constant_types.add(SimpleNamespace)  # as the class of the real properties is
     from torch._subclasses import fake_tensor
     from triton.backends import backends, compiler
     from triton.runtime import driver
