@@ -81,8 +81,9 @@ def pretend(chip):
         subprocess.run(["c++", source, "-o", library, *options], check=True)
         ctypes.CDLL(str(library))
     major, minor = map(int, chip.split("."))
-    _, shared, multiprocessors = CHIPS[chip]
+    name, shared, multiprocessors = CHIPS[chip]
     properties = SimpleNamespace(
+        name=name,
         major=major,
         minor=minor,
         multi_processor_count=multiprocessors,
