@@ -1061,7 +1061,8 @@ def bars(rows):
             ideas.append(i)
         if status == "keep":
             kept.add(commit)
-    noise = [value for _, value, status, _ in rows[: ideas[0] if ideas else None] if status == "keep"]
+    baseline = rows[: ideas[0]] if ideas else rows
+    noise = [value for _, value, status, _ in baseline if status == "keep"]
     if len(noise) < 3:
         return found, math.nan, math.nan, 0
     head, margin, n = statistics.mean(noise), KEEP_MARGIN * statistics.stdev(noise), 0
@@ -1090,7 +1091,7 @@ def read_results(table):
 
 
 def one_line(text):
-    """At most 120 printable characters: what an agent reads, and what stands in the table, must not flood it."""
+    """At most 120 printable characters: a row or a message must not flood the agent that reads it."""
     return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())[:120]
 
 
@@ -1101,46 +1102,47 @@ def kept_commits(rows):
 
 def is_written(log):
     """Whether the run of this log is alive: it holds a lock on the file, which ends with its process."""
-    with open(log, "a") as f:
-        try:
+    try:
+        with open(log, "a") as f:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+        return False
+    except OSError:
+        return True
 
 
 def new_row(tree, rows):
-    """The row (five str) that the run of `tree` adds to `rows`, None if there is none, or a str: what it waits for.
+    """What the run in a tree (the clone or a worktree) adds to `rows`: a row (five str), None, or a str: why to wait.
 
-    A tree is the clone or a worktree. Its run.log begins with the commit and ends with `exit: …`. Raises PrepareError.
+    Its run.log begins with the commit and ends with `exit: …`. Raises PrepareError.
     """
     commit, path = git("rev-parse", "HEAD", tree=tree)[:7], tree / "run.log"
+    kept = kept_commits(rows) or [commit]  # the first run is one of the baseline
     log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = [line for line in log.splitlines() if line.strip()] or [""]
-    kept = kept_commits(rows) or [commit]  # the first run is one of the baseline
     if not lines[0].startswith(commit):
-        idea = not rows or git("diff", "--name-only", kept[-1], commit, "--", "train.py", tree=tree)
-        return f"{path} has no run of {commit}" if idea else None
+        is_new = not rows or git("diff", "--name-only", kept[-1], commit, "--", "train.py", tree=tree)
+        return f"{path} has no run of {commit}" if is_new else None
     if not lines[-1].startswith("exit: "):
-        return f"{path}: {'' if is_written(path) else 'was cut off, start it again: '}{one_line(lines[-1])}"
+        state = "" if is_written(path) else "was cut off, start it again: "
+        return f"{path}: {state}{one_line(lines[-1])}"
     block = dict(re.findall(r"^(\w+): +(.+)", log.rpartition("\n---\n")[2], re.MULTILINE))
-    seed, number = block.get("seed", "0"), re.fullmatch(rf"{commit}\t\d+\.\d+\t\S+", block.get("row", ""))
+    number, seed = re.fullmatch(rf"{commit}\t\d+\.\d+\t\S+", block.get("row", "")), block.get("seed", "0")
     if seed in (DESCRIPTION.match(row[4])["seed"] or "0" for row in rows if row[0] == commit):
         return None
     if commit in kept:
-        status, text = "keep", f"{'check' if {row[0] for row in rows} - {commit} else 'baseline'}, seed {seed}"
         if not number:
             raise PrepareError(f"{path}: a run of {commit} must have a number: find out why it has none, run it again")
-    else:
-        status, text = "discard" if number else "crash", git("log", "-1", "--format=%s", commit, tree=tree)
-        if seed != "0":
-            raise PrepareError(f"{path}: an idea has the seed 0, this run had {seed}: run it again")
-        if git("diff", "--name-only", kept[-1], f"{commit}~1", "--", "train.py", tree=tree):
-            raise PrepareError(f"{commit} must be one commit on top of {kept[-1]}: make it that, and run it again")
+        kind = "check" if any(row[0] != commit for row in rows) else "baseline"
+        return [*block["row"].split("\t"), "keep", f"{kind}, seed {seed}, {block['num_steps']} steps"]
+    if seed != "0":
+        raise PrepareError(f"{path}: an idea has the seed 0, this run had {seed}: run it again")
+    if git("diff", "--name-only", kept[-1], f"{commit}~1", "--", "train.py", tree=tree):
+        raise PrepareError(f"{commit} must be one commit on top of {kept[-1]}: make it that, and run it again")
+    idea = one_line(git("log", "-1", "--format=%s", commit, tree=tree))
     if number:
-        return [*block["row"].split("\t"), status, f"{one_line(text)}, {block['num_steps']} steps"]
-    reason = [*re.findall("^warning: no commit stands for this run: (.+)", log, re.MULTILINE), *lines[:-1][-1:]][0]
-    return [commit, "0.000000", "0.0", status, f"{one_line(text)}: {one_line(reason)}"]
+        return [*block["row"].split("\t"), "discard", f"{idea}, {block['num_steps']} steps"]
+    reasons = [*re.findall("^warning: no commit stands for this run: (.+)", log, re.MULTILINE), lines[-2]]
+    return [commit, "0.000000", "0.0", "crash", f"{idea}: {one_line(reasons[0])}"]
 
 
 def decide(command, veto=""):
@@ -1148,11 +1150,12 @@ def decide(command, veto=""):
 
     `record discard` keeps nothing. Returns the exit status. Raises PrepareError, or CalledProcessError of git.
     """
-    branch, table = git("branch", "--show-current"), Path("results.tsv")  # "" where a check has detached HEAD
-    rows = read_results(table)
     if (command, veto) not in (("decide", ""), ("record", ""), ("record", "discard")):
         raise PrepareError("the commands of a night are `prepare.py decide`, `record` and `record discard`", 2)
-    if not branch.startswith("autoresearch/") and (branch or not rows):
+    table, branch = Path("results.tsv"), git("branch", "--show-current")
+    rows = read_results(table)
+    checks = not branch and git("rev-parse", "HEAD")[:7] in kept_commits(rows)  # HEAD is detached for a check
+    if not branch.startswith("autoresearch/") and not checks:
         raise PrepareError(f"a night has a branch autoresearch/…, this is {branch or 'none'}: git switch to it", 2)
     worktrees = sorted(path.parent for path in Path(".waves").glob("[0-9]*/.git"))
     trees, deadline = worktrees or [Path()], time.monotonic() + DECIDE_WAIT
@@ -1165,35 +1168,32 @@ def decide(command, veto=""):
     if waiting:
         print(f"not ended: {waiting[0][0]}", *(tree for _, tree in waiting[1:]), sep=", ")
         return int(command == "record")
-    new = list(filter(None, found))
-    wave = 1 + max((int(DESCRIPTION.match(row[4])["wave"] or 0) for row in rows), default=0)
-    for row in new if worktrees else ():
-        row[4] = f"wave {wave}: {row[4]}"
-    ideas = [row for row in new if row[3] != "keep"]
+    new = [row for row in found if row]
+    if worktrees:
+        wave = 1 + max((int(DESCRIPTION.match(row[4])["wave"] or 0) for row in rows), default=0)
+        for row in new:
+            row[4] = f"wave {wave}: {row[4]}"
     facts = [(commit, float(value), status, text) for commit, value, _, status, text in rows + new]
-    limits, (_, head, margin, n) = bars(facts)[0][len(rows) :], bars(facts[: len(rows)])
+    limits = bars(facts)[0][len(rows) :]
+    _, head, margin, n = bars(facts[: len(rows)])
     if not math.isnan(head):
         bar = f"keep below {head - margin * (1 - n / KEEP_WAVES):.6f}, simpler code below {head + margin:.6f}"
         print(f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}")
-    elif ideas:
-        raise PrepareError(
-            f"an idea needs a baseline with three numbers: git switch --detach {rows[0][0]}, run it first"
-        )
-    if ideas and not branch:
-        raise PrepareError("HEAD is detached: an idea is a commit of the branch, git switch to it")
-    passed = [(float(row[1]), row) for row, bar in zip(new, limits) if row[3] == "discard" and float(row[1]) < bar]
-    passed = [row for _, row in sorted(passed)]
+    elif any(row[3] != "keep" for row in new):
+        raise PrepareError(f"an idea needs three runs of the baseline: git switch --detach {rows[0][0]}, run it first")
+    passed = [row for row, limit in zip(new, limits) if row[3] == "discard" and float(row[1]) < limit]
+    passed.sort(key=lambda row: float(row[1]))
     if passed and not veto:
         passed[0][3] = "keep"
-    print(*("\t".join(row) for row in new), sep="\n", end="\n" * bool(new))
+    for row in new:
+        print("\t".join(row))
     if passed[1:]:
         print("one of the next ideas, on the new head:", *(f"tried/{row[0]}" for row in passed[1:]))
     if command == "record":
-        for tree in {Path(), *worktrees}:
+        for tree in [Path(), *worktrees]:
             if git("status", "--porcelain", "--untracked-files=no", "--", "train.py", tree=tree):
-                raise PrepareError(
-                    f"{tree / 'train.py'} has changes without a commit: git stash, record, git stash pop"
-                )
+                path = tree / "train.py"
+                raise PrepareError(f"{path} has changes without a commit: git stash, record, git stash pop")
         with atomic_write(table) as f:
             f.write("".join("\t".join(row) + "\n" for row in [[HEADER], *rows, *new]).encode())
         follow(rows + new, branch, worktrees)
