@@ -1126,12 +1126,13 @@ def new_row(tree, rows):
         state = "" if is_written(path) else "was cut off, start it again: "
         return f"{path}: {state}{one_line(lines[-1])}"
     block = dict(re.findall(r"^(\w+): +(.+)", log.rpartition("\n---\n")[2], re.MULTILINE))
-    number, seed = re.fullmatch(rf"{commit}\t\d+\.\d+\t\S+", block.get("row", "")), block.get("seed", "0")
+    number = re.fullmatch(rf"{commit}\t\d+\.\d+\t\S+", block.get("row", ""))
+    if commit in kept and not number:
+        raise PrepareError(f"{path}: a run of {commit} must have a number: find out why it has none, run it again")
+    seed = block.get("seed", "0")  # a crash says none
     if seed in (DESCRIPTION.match(row[4])["seed"] or "0" for row in rows if row[0] == commit):
         return None
     if commit in kept:
-        if not number:
-            raise PrepareError(f"{path}: a run of {commit} must have a number: find out why it has none, run it again")
         kind = "check" if any(row[0] != commit for row in rows) else "baseline"
         return [*block["row"].split("\t"), "keep", f"{kind}, seed {seed}, {block['num_steps']} steps"]
     if seed != "0":
