@@ -604,19 +604,16 @@ def get_device():
     Raises PrepareError if DEVICE names no device of this machine.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = os.environ.get("DEVICE") or next(name for name in available if available[name])
-    if not available.get(name):
-        here = ", ".join(name for name in available if available[name])
-        raise PrepareError(f"DEVICE={name!r} is not on this machine, which has: {here}")
+    here = [name for name in available if available[name]]
+    name = os.environ.get("DEVICE") or here[0]
+    if name not in here:
+        raise PrepareError(f"DEVICE={name!r} is not on this machine, which has: {', '.join(here)}")
     return torch.device(name)
 
 
 def bfloat16_works(device):
-    """Whether a run computes in bfloat16 on this device: CUDA of compute capability 8 or more. Else in float32.
-
-    Compiled code may ask too: the compiler takes the properties of a GPU for constants.
-    """
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
+    """Whether a run computes in bfloat16 on this device (CUDA of compute capability 8 or more), else in float32."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8  # compiled code may ask this
 
 
 def default_scale(device):
@@ -628,12 +625,6 @@ def default_scale(device):
 
 def check_gpu(device, scale):
     """Raises PrepareError if this GPU can't do what a run of this scale needs."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        oldest = min(map(int, re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))), default=0)
-        if 10 * major + minor < oldest:
-            text = f"PyTorch has no kernels for {device_name()}: its compute capability is under {oldest / 10}"
-            raise PrepareError(f"{text}: install an older PyTorch, or use the CPU with DEVICE=cpu")
     if scale == "full" and device.type != "cpu" and not bfloat16_works(device):
         text = f"scale full needs a CUDA GPU of compute capability 8 or more, this is {device_name()}"
         raise PrepareError(f"{text}: `uv run prepare.py --scale desktop`", 2)
@@ -660,9 +651,11 @@ def peak_memory_mb():
 
 
 def device_name():
-    device, name = get_device(), f"CPU, {torch.get_num_threads()} thread(s)"
-    if device.type != "cpu":
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"Apple GPU, {platform.machine()}"
+    name = f"CPU, {torch.get_num_threads()} thread(s)"
+    if get_device().type == "cuda":
+        name = torch.cuda.get_device_name()
+    elif get_device().type == "mps":
+        name = f"Apple GPU, {platform.machine()}"
     return f"{name}, torch {torch.__version__}"
 
 
