@@ -36,7 +36,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import count, groupby, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -169,9 +169,9 @@ def load_manifest(cache):
     """What is in force in the cache folder: constants, files with their checksums, the command that made it."""
     path = cache / MANIFEST
     if not path.exists():
-        hint = "run `uv run prepare.py` (without GPU or download: --corpus source)"
-        raise PrepareError(f"nothing is prepared in {cache}: {hint}")
-    with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
+        run = "run `uv run prepare.py` (without GPU or download: --corpus source)"
+        raise PrepareError(f"nothing is prepared in {cache}: {run}")
+    with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):  # no JSON, or of another shape
         manifest = json.loads(path.read_bytes())
         if manifest.pop("checksum") == cache_key(manifest):
             return manifest
@@ -195,8 +195,8 @@ def forget_cache():
 
 
 def constants():
-    """{name: value} of the constants in force, checked only for themselves."""
-    return load_manifest(cache_dir())["constants"]
+    """{name: value} of the constants in force."""
+    return open_cache(cache_dir())["constants"]
 
 
 def __getattr__(name):
@@ -207,13 +207,10 @@ def __getattr__(name):
 
 
 def fingerprint():
-    """12 hex digits over this file, PyTorch's version, the constants, the tokenizer and the validation tokens.
-
-    Two values of val_bpb compare only if it is the same.
-    """
-    manifest = open_cache(cache_dir())
-    files = [manifest["files"][kind] for kind in ("tokenizer", "val_tokens")]
-    return cache_key(checksum(__file__), torch.__version__, manifest["constants"], [expected for _, expected in files])
+    """12 hex digits over all that val_bpb depends on. Two values of val_bpb compare only if it is the same."""
+    files = open_cache(cache_dir())["files"]
+    made = [expected for _, expected in (files["tokenizer"], files["val_tokens"])]
+    return cache_key(checksum(__file__), torch.__version__, constants(), made)
 
 
 # -----------------------------------------------------------------------------
@@ -1219,16 +1216,18 @@ def prepare(args):
     cache.mkdir(parents=True, exist_ok=True)
     with cache_lock(cache):
         forget_cache()  # another process may have changed it
-        try:
+        before, known = None, {}
+        with contextlib.suppress(PrepareError):  # nothing is prepared, or the manifest is damaged
             before = load_manifest(cache)
-        except PrepareError:
-            before = None
-        checksums = dict(before["files"].values()) if before else {}
-        damaged = not before and (cache / MANIFEST).exists()
+            known = dict(before["files"].values())
+        trusted = before or not (cache / MANIFEST).exists()  # a damaged manifest can't tell which files are good
 
-        def up_to_date(path):
-            """A file's name has the key of what it was made from. A file that is there was complete."""
-            return path.exists() and not damaged and checksums.get(path.name) in (None, checksum(path))
+        def make(path, function):
+            """Make a file, unless it is there: its name has the key of what it is made from."""
+            if trusted and path.exists() and known.get(path.name) in (None, checksum(path)):
+                return "up to date"
+            function(path)
+            return "made"
 
         if args.corpus == "climbmix":
             corpus = climbmix_corpus(cache / "data", args.num_shards, args.download_workers)
@@ -1239,40 +1238,38 @@ def prepare(args):
             corpus = own_corpus(Path(args.corpus), args.text_column, length)
         show("corpus", corpus.note)
 
+        def train_tokenizer(path):
+            Tokenizer.train(sample_texts(corpus.documents("train")), args.vocab_size).save(path)
+
         recipe = [3, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS]
         path = cache / f"tokenizer-{cache_key(corpus.key('train'), args.vocab_size, recipe)}.bpe"
-        files, made = {"tokenizer": path}, not up_to_date(path)
-        if made:
-            Tokenizer.train(sample_texts(corpus.documents("train")), args.vocab_size).save(path)
+        files, made = {"tokenizer": path}, make(path, train_tokenizer)
         tokenizer = Tokenizer.load(path)
         vocab_size = tokenizer.get_vocab_size()
-        show("tokenizer", f"{vocab_size:,} tokens, {'made' if made else 'up to date'}")
-        if vocab_size < args.vocab_size:
-            show("", f"note: the text has no more tokens to learn, {args.vocab_size:,} were asked for")
+        more = f", {args.vocab_size:,} were asked for: the text has no more to learn" * (vocab_size < args.vocab_size)
+        show("tokenizer", f"{vocab_size:,} tokens, {made}{more}")
 
         for split in ("train", "val"):
             path = cache / f"{split}-{cache_key(corpus.key(split), checksum(files['tokenizer']), recipe)}.bin"
             files[f"{split}_tokens"] = path
-            if made := not up_to_date(path):
-                write_tokens(tokenizer, corpus.documents(split), path)
+            made = make(path, partial(write_tokens, tokenizer, corpus.documents(split)))
             tokens = np.memmap(path, np.uint16, "r").view(np.ndarray)
             lengths = np.fromiter((length for length, *_ in document_stream(tokens, forever=False)), np.int64)
             held = np.minimum(lengths, args.seq_len + 1).sum() / len(tokens)
-            documents = f"{len(tokens):,} tokens in {len(lengths):,} documents, rows hold {held:.0%} at most"
-            show(split, f"{documents}, {'made' if made else 'up to date'}")
+            show(split, f"{len(tokens):,} tokens in {len(lengths):,} documents, rows hold {held:.0%} at most, {made}")
 
         wanted = args.eval_tokens // args.seq_len
         rows = sum(1 for _ in islice(pack_rows(tokens, args.seq_len, forever=False), wanted))  # of val
+        scored = f"{rows * args.seq_len:,} validation tokens"
         if rows < MIN_VAL_ROWS:
             text = f"the validation text fills {rows} rows of --seq-len {args.seq_len}, {MIN_VAL_ROWS} are needed"
             raise PrepareError(f"{text}: add text, add a file named val, or choose a smaller --seq-len", 2)
         if rows < wanted:
-            show("", f"note: validation has {rows * args.seq_len:,} tokens in whole rows; --eval-tokens asks for more")
+            show("", f"note: there are {scored} in whole rows; --eval-tokens asks for more")
 
         if write_manifest(cache, args, vocab_size, files) == before:
             show("", "everything was there already: nothing to do")
-        tokens = f"{rows * args.seq_len:,} validation tokens"
-        show("ready", f"scale {args.scale}: rows of {args.seq_len:,} tokens, {args.time_budget} s a run, {tokens}")
+        show("ready", f"scale {args.scale}: rows of {args.seq_len:,} tokens, {args.time_budget} s a run, {scored}")
         show("", f"in {cache}, harness {fingerprint()}, after {time.monotonic() - started:.1f} s")
         if problem := missing_gpu(get_device(), args.scale):
             show("", f"note: {problem}")
@@ -1285,20 +1282,20 @@ def show(what, text):
 
 def write_manifest(cache, args, vocab_size, files):
     """Put these files, {kind: path}, in force and remove those of an earlier manifest. Returns the manifest."""
-    names = ("SCALE", "MAX_SEQ_LEN", "TIME_BUDGET", "VOCAB_SIZE", "EVAL_TOKENS")
-    values = (args.scale, args.seq_len, args.time_budget, vocab_size, args.eval_tokens)
-    manifest = {"command": args.command, "constants": dict(zip(names, values))}
-    manifest["files"] = {kind: [path.name, checksum(path)] for kind, path in files.items()}
+    constants = {"SCALE": args.scale, "MAX_SEQ_LEN": args.seq_len, "TIME_BUDGET": args.time_budget}
+    constants |= {"VOCAB_SIZE": vocab_size, "EVAL_TOKENS": args.eval_tokens}
+    checksums = {kind: [path.name, checksum(path)] for kind, path in files.items()}
+    manifest = {"command": args.command, "constants": constants, "files": checksums}
     text = json.dumps({**manifest, "checksum": cache_key(manifest)}, indent=1).encode()
     path = cache / MANIFEST
     if not path.exists() or path.read_bytes() != text:
         with atomic_write(path) as f:
             f.write(text)
     forget_cache()
-    in_force = {path.name for path in files.values()}
+    in_force = {MANIFEST, *(path.name for path in files.values())}
     made_here = re.compile(rf"((tokenizer|train|val)-[0-9a-f]{{12}}\.(bpe|bin|idx)|{re.escape(MANIFEST)})(\.tmp-\d+)?")
     for path in cache.iterdir():  # the folder may hold files that are not ours
-        if made_here.fullmatch(path.name) and path.name not in in_force | {MANIFEST} and path.is_file():
+        if made_here.fullmatch(path.name) and path.name not in in_force and path.is_file():
             path.unlink()
     return manifest
 
@@ -1308,13 +1305,9 @@ def write_manifest(cache, args, vocab_size, files):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="prepare.py",
-        usage="uv run prepare.py [options]",
-        description="Prepare data, tokenizer and token files, once per machine. What was prepared is in force until "
-        "this is run again. A second run with the same options does nothing.",
-        epilog=f"Everything is kept in {cache_dir()} (AUTORESEARCH_CACHE names another folder).",
-    )
+    about = "Prepare data, tokenizer and token files. They are in force until this is run again with other options."
+    where = f"Everything is kept in {cache_dir()} (AUTORESEARCH_CACHE names another folder)."
+    parser = argparse.ArgumentParser("prepare.py", "uv run prepare.py [options]", about, where)
     corpora = (
         "climbmix: download prose from the Hugging Face hub (default); source: the Python source files on this "
         f"machine, no download; DIR: your own {', '.join(KINDS)} files, gzipped or not, or one of them; validation is "
@@ -1327,22 +1320,23 @@ def parse_arguments(argv):
     parser.add_argument("--text-column", default="text", metavar="NAME", help=column)
     for name, (*_, defaults, meaning) in OPTIONS.items():
         each = ", ".join(f"{scale} {default:,}" for scale, default in zip(SCALES, defaults))
-        text = f"{meaning} ({f'{defaults[0]:,}' if len(set(defaults)) == 1 else each})"
-        parser.add_argument(option(name), type=int, metavar="N", help=text)
+        parser.add_argument(option(name), type=int, metavar="N", help=f"{meaning} ({each})")
     args = parser.parse_args(argv)
     if args.corpus not in ("climbmix", "source"):
         args.corpus = str(Path(args.corpus).expanduser().resolve())
     args.scale = args.scale or default_scale(get_device())
     check_gpu(get_device(), args.scale)
     for name, (low, high, defaults, _) in OPTIONS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, defaults[SCALES.index(args.scale)])
-        if not low <= getattr(args, name) <= high or getattr(args, name) == 0:
-            limits = f"from {low:,} to {high:,}" + ", not 0" * (low < 0)
-            parser.error(f"{option(name)} needs a whole number {limits}, got {getattr(args, name):,}")
+        value = getattr(args, name)
+        if value is None:
+            value = defaults[SCALES.index(args.scale)]
+        if not low <= value <= high or value == 0:  # only num_shards has a limit below 0
+            but = ", not 0" * (low < 0)
+            parser.error(f"{option(name)} needs a whole number from {low:,} to {high:,}{but}, got {value:,}")
+        setattr(args, name, value)
     if args.eval_tokens < MIN_VAL_ROWS * args.seq_len:
-        text = f"--eval-tokens {args.eval_tokens} is less than {MIN_VAL_ROWS} rows of --seq-len {args.seq_len}"
-        parser.error(text)
+        rows = f"{MIN_VAL_ROWS} rows of --seq-len {args.seq_len}"
+        parser.error(f"--eval-tokens {args.eval_tokens} is less than {rows}")
     args.command = shlex.join(["uv", "run", "prepare.py", *(f"{option(k)}={v}" for k, v in vars(args).items())])
     return args
 
@@ -1364,8 +1358,8 @@ def main(argv=None):
         print(f"prepare.py: error: {error}", file=sys.stderr)
         return error.code
     except OSError as error:  # a full disk, a folder without write permission
-        hint = "fix that, or set AUTORESEARCH_CACHE to another folder, then run it again; what is done stays"
-        print(f"prepare.py: error: {error}: {hint}", file=sys.stderr)
+        mend = "fix that, or set AUTORESEARCH_CACHE to another folder, then run it again; what is done stays"
+        print(f"prepare.py: error: {error}: {mend}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prepare.py: interrupted; run it again to go on", file=sys.stderr)
