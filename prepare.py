@@ -242,12 +242,14 @@ class Corpus:
 
     def documents(self, split):
         """Yields the documents (str) of a split, none of them empty. Raises PrepareError for a file of no use."""
-        position = 0
+        start = 0
         for text in read_texts(self.paths[split], self.column):
-            for part in cut(text, self.length) if self.shared and len(text) > 0.01 * self.chars else [text]:
-                if not self.shared or (position >= (1 - VAL_SHARE) * self.chars) == (split == "val"):
-                    yield from (piece for piece in cut(part, self.length) if piece.strip())
-                position += len(part)
+            long = self.shared and len(text) > 0.01 * self.chars
+            for part in cut(text, self.length) if long else [text]:
+                side = "val" if self.shared and start >= (1 - VAL_SHARE) * self.chars else "train"
+                if side == split or not self.shared:
+                    yield from filter(str.strip, cut(part, self.length))
+                start += len(part)
 
 
 def cut(text, length):
@@ -282,11 +284,10 @@ def read_rows(path, column):
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 yield from batch.to_pylist()
         return
-    # Installed packages have files in other encodings, and the user cannot change them.
-    errors = "replace" if kind == ".py" else "strict"
+    errors = "replace" if kind == ".py" else "strict"  # the user can't change the encoding of an installed package
     with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors=errors) as file:
         if kind == ".jsonl":
-            yield from (json.loads(line) if line.strip() else {column: None} for line in file)
+            yield from (json.loads(line) for line in file if line.strip())
         elif kind == ".csv":
             csv.field_size_limit(sys.maxsize)
             yield from csv.DictReader(file)
@@ -308,24 +309,22 @@ def source_corpus():
     Whole packages are taken for validation, in the order of a hash of their name, up to 5 % of the bytes. Files come
     in the order of a hash too, so that a short run sees something of every package.
     """
-    sizes, files = defaultdict(int), {}  # bytes of each package; relative path -> (package, path)
+    packages = defaultdict(dict)  # package -> {path below its root: path}
     for root in dict.fromkeys(Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")):
         for path in root.rglob("*.py"):
             name = path.relative_to(root)
             # site-packages may lie inside the standard library's folder, but is a root of its own
             if path.is_file() and not {"site-packages", "dist-packages"} & set(name.parts):
-                package = name.parts[0].removesuffix(".py")
-                files[name] = package, path
-                sizes[package] += path.stat().st_size
-    room, val_names = VAL_SHARE * sum(sizes.values()), set()
-    for package in sorted(sizes, key=hash_order):
+                packages[name.parts[0].removesuffix(".py")][name] = path
+    sizes = {package: sum(path.stat().st_size for path in files.values()) for package, files in packages.items()}
+    room, train, val = VAL_SHARE * sum(sizes.values()), {}, {}
+    for package in sorted(packages, key=hash_order):
         if 0 < sizes[package] <= room:
-            val_names.add(package)
+            val.update(packages[package])
             room -= sizes[package]
-    train, val = [], []
-    for name in sorted(files, key=hash_order):
-        package, path = files[name]
-        (val if package in val_names else train).append(path)
+        else:
+            train.update(packages[package])
+    train, val = ([side[name] for name in sorted(side, key=hash_order)] for side in (train, val))
     return Corpus(train, val, f"Python source: {len(train):,} files, validation {len(val):,} files of other packages")
 
 
