@@ -379,8 +379,8 @@ def require_hub():
             raise requests.ConnectionError("HF_HUB_OFFLINE is set")
         requests.head(endpoint, timeout=HUB_TIMEOUT)
     except requests.RequestException as error:
-        hint = "check network, proxy (HTTPS_PROXY) and mirror (HF_ENDPOINT); `--corpus source` needs no network"
-        raise PrepareError(f"cannot reach {endpoint} ({failure_reason(error)}): {hint}") from error
+        check = "check network, proxy (HTTPS_PROXY) and mirror (HF_ENDPOINT); `--corpus source` needs no network"
+        raise PrepareError(f"cannot reach {endpoint} ({failure_reason(error)}): {check}") from error
     return endpoint
 
 
@@ -416,14 +416,14 @@ def download_shards(names, folder, workers):
     logging.set_verbosity_error()  # its warnings have signed addresses
 
     def fetch(name):
-        """None, or why this shard could not be fetched."""
+        """Why this shard could not be fetched, or None."""
         try:
             return fetch_shard(folder / name, endpoint)
         except Exception as error:
             return f"{name} ({failure_reason(error)})"
 
     folder.mkdir(parents=True, exist_ok=True)
-    for pause in (*RETRY_PAUSES, 0):
+    for pause in (*RETRY_PAUSES, None):
         missing = [name for name in names if not (folder / name).exists()]
         if not missing:
             return
@@ -436,15 +436,15 @@ def download_shards(names, folder, workers):
             fetched = pool.imap_unordered(fetch, missing)
             problems = sorted(filter(None, tqdm(fetched, "download", len(missing), unit="shard", disable=None)))
         shutil.rmtree(folder / INCOMING, ignore_errors=True)
-        if all(re.search(r"\(HTTP 40[134]\)", problem) for problem in problems):
+        if not problems:
+            return
+        if pause is None or all(re.search(r"\(HTTP 40[134]\)", problem) for problem in problems):
             break  # another attempt changes nothing
-        if pause:
-            print(f"{len(problems)} shards are missing, {problems[0]}: next attempt in {pause} s", flush=True)
-            time.sleep(pause)
-    if problems:
-        text = "; ".join(problems[:4]) + f" and {len(problems) - 4} more" * (len(problems) > 4)
-        hint = "What was fetched stays, run it again (HTTP 401, 403: HF_TOKEN; 404: is HF_ENDPOINT a full mirror?)"
-        raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {text}. {hint}")
+        print(f"{len(problems)} shards are missing, {problems[0]}: next attempt in {pause} s", flush=True)
+        time.sleep(pause)
+    text = "; ".join(problems[:4]) + f" and {len(problems) - 4} more" * (len(problems) > 4)
+    mend = "What was fetched stays, run it again (HTTP 401, 403: HF_TOKEN; 404: is HF_ENDPOINT a full mirror?)"
+    raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {text}. {mend}")
 
 
 # -----------------------------------------------------------------------------
@@ -754,8 +754,7 @@ def batches(tokens, B, T, device):
 class Clock:
     """The time that a model has to learn in, from the first training batch to the beginning of evaluation.
 
-    Everything in between counts. Another batch or another evaluation after an evaluation continues the time as if it
-    had never stopped, so nothing is learned off the clock.
+    Everything in between counts. Another batch or evaluation after that continues the time as if it had never stopped.
     """
 
     def __init__(self):
@@ -770,7 +769,6 @@ class Clock:
         self.stopped = None
 
     def stop(self):
-        """Called by each evaluation. The time between two evaluations counts as training."""
         if self.started is not None:
             self.stopped = time.monotonic()
 
@@ -789,13 +787,10 @@ class Clock:
         return 1.02 * constants()["TIME_BUDGET"] + 1
 
     def time_is_up(self):
-        """Asked before each step: is the budget used, or would another step end beyond the limit?
-
-        A step is the longer one of the last two, and a tenth more, since no two take the same time.
-        """
+        """Asked before each step: is the budget used, or would another step end beyond the limit?"""
         self.asked = [*self.asked[1:], self.seconds()]
-        step = max(after - before for before, after in pairwise(self.asked))
-        return self.progress() >= 1.0 or self.asked[-1] + 1.1 * step > self.limit()
+        step = 1.1 * max(after - before for before, after in pairwise(self.asked))  # no two take the same time
+        return self.progress() >= 1.0 or self.asked[-1] + step > self.limit()
 
     def problem(self):
         """Why the time of training breaks the rules, or None."""
@@ -841,20 +836,21 @@ def start_run():
     Raises PrepareError before anything has been computed.
     """
     global run_commit
-    device, settings = get_device(), open_cache(cache_dir())["constants"]
-    check_gpu(device, settings["SCALE"])
-    if settings["SCALE"] != "laptop" and (problem := missing_gpu(device, settings["SCALE"])):
+    device, scale = get_device(), constants()["SCALE"]
+    check_gpu(device, scale)
+    if scale != "laptop" and (problem := missing_gpu(device, scale)):
         raise PrepareError(f"{problem}. To run on the CPU nevertheless: `DEVICE=cpu uv run train.py`")
-    # It runs in a thread of C, so it also ends a process that hangs in a kernel or a lock; with every thread's stack
-    stderr = sys.__stderr__ or sys.stderr
-    faulthandler.dump_traceback_later(settings["TIME_BUDGET"] + GRACE, exit=True, file=stderr)
+    # The watchdog is a thread of C, so it also ends a process that hangs in a kernel or a lock.
+    limit, stderr = constants()["TIME_BUDGET"] + GRACE, sys.__stderr__ or sys.stderr
+    faulthandler.dump_traceback_later(limit, exit=True, file=stderr)
     with contextlib.suppress(OSError):  # stdout is no file
         fcntl.flock(sys.stdout, fcntl.LOCK_SH | fcntl.LOCK_NB)  # `decide` sees by it that this run is alive
     for split in ("train", "val"):
         read_tokens(split)  # open from now on: another prepare.py can't take the files away
     get_token_bytes()
-    for seed_generators in (random.seed, np.random.seed, torch.manual_seed):  # the last one on every device
-        seed_generators(get_seed())
+    random.seed(get_seed())
+    np.random.seed(get_seed())
+    torch.manual_seed(get_seed())  # on every device
     run_commit = find_commit()
     return device
 
@@ -862,11 +858,12 @@ def start_run():
 def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, attention):
     """Print the block that every tool greps. The harness adds what it knows itself. The run is over after it."""
     faulthandler.cancel_dump_traceback_later()
-    memory, (commit, changed) = peak_memory_mb(), run_commit
-    seeds = {torch.initial_seed(), torch.cuda.initial_seed() if get_device().type == "cuda" else get_seed()}
-    others = seeds - {get_seed()}
-    reseeded = others and f"train.py set torch's seed to {others.pop()}, the harness set it to SEED={get_seed()}"
-    for problem in filter(None, (changed, reseeded, clock.problem())):
+    memory, (commit, problem) = peak_memory_mb(), run_commit
+    problems = [problem, clock.problem()]
+    for generator in (torch, torch.cuda) if get_device().type == "cuda" else (torch,):
+        if (seed := generator.initial_seed()) != get_seed():
+            problems.append(f"train.py set torch's seed to {seed}, the harness set it to SEED={get_seed()}")
+    for problem in filter(None, problems):
         print(f"warning: no commit stands for this run: {problem}")
         commit = None
     lines = {
