@@ -190,7 +190,7 @@ def open_cache(cache):
 
 def forget_cache():
     """Read everything anew at the next call, since the cache has changed."""
-    for function in (load_manifest, open_cache, load_tokenizer, map_tokens):
+    for function in (load_manifest, open_cache, Tokenizer.from_directory, read_tokens):
         function.cache_clear()
 
 
@@ -481,9 +481,11 @@ class Tokenizer:
         return cls([bytes(token) for token, _rank in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])])
 
     @classmethod
+    @cache
     def from_directory(cls, folder=None):
         """The prepared tokenizer. Raises PrepareError if the cache is missing or damaged."""
-        return load_tokenizer(Path(folder or cache_dir()))
+        folder = Path(folder or cache_dir())
+        return cls.load(folder / open_cache(folder)["files"]["tokenizer"][0])
 
     @classmethod
     def load(cls, path):
@@ -523,7 +525,7 @@ class Tokenizer:
 
 
 def split_long_runs(text):
-    """Cuts the text inside runs of 10,000 spaces or non-spaces: BPE's time grows with the square of a run's length."""
+    """Cut the text inside runs of 10,000 spaces or non-spaces: BPE's time grows with the square of a run's length."""
     start = 0
     for run in re.finditer(r"\s{10000}|\S{10000}", text):
         yield text[start : run.end()]
@@ -544,11 +546,6 @@ def sample_texts(documents):
         total += len(text[:TOKENIZER_DOC_CHARS])
         if total >= TOKENIZER_CHARS:
             return
-
-
-@cache
-def load_tokenizer(cache):
-    return Tokenizer.load(cache / open_cache(cache)["files"]["tokenizer"][0])
 
 
 def get_token_bytes(device="cpu"):
@@ -577,16 +574,15 @@ def batched(items, n):
         yield group
 
 
+@cache
 def read_tokens(split):
     """The tokens of a prepared split, memory-mapped: uint16 (N,)."""
     if split not in ("train", "val"):
         raise ValueError(f'split must be "train" or "val", not {split!r}')
-    return map_tokens(cache_dir(), split)
+    return map_tokens(cache_dir() / open_cache(cache_dir())["files"][f"{split}_tokens"][0])
 
 
-@cache
-def map_tokens(cache, split):
-    path = cache / open_cache(cache)["files"][f"{split}_tokens"][0]
+def map_tokens(path):
     return np.memmap(path, np.uint16, "r").view(np.ndarray)  # slicing a plain array costs a tenth of a memmap's
 
 
@@ -697,7 +693,6 @@ def document_stream(tokens, forever):
 
 def fill_rows(tokens, rows, out):
     """Copy the pieces of `rows` into `out`, (B, T + 1) of any integer type. Returns the last row's epoch."""
-    epoch = 0
     for line, (row, epoch) in zip(out, rows):  # noqa: B007
         np.concatenate([tokens[start : start + length] for start, length in row], out=line)
     return epoch
@@ -706,9 +701,9 @@ def fill_rows(tokens, rows, out):
 def make_dataloader(tokenizer, B, T, split):
     """Yields (x, y, epoch) forever: int64 tensors (B, T) on the device, y being the tokens that follow x's.
 
-    Every row starts with BOS and is packed as `pack_rows` says. The same split, B and T give the same batches. A thread
-    makes batches ahead. Every batch is memory of its own, so one that was handed out never changes.
-    The first batch starts the clock. Raises PrepareError, or ValueError for an impossible B, T or split.
+    Every row starts with BOS and is packed as `pack_rows` says. The same split, B and T give the same batches. A batch
+    that was handed out never changes. The first one starts the clock. Raises PrepareError, or ValueError for an
+    impossible B, T or split.
     """
     if B < 1 or T < 1:
         raise ValueError(f"make_dataloader needs B ≥ 1 and T ≥ 1, got B={B}, T={T}")
@@ -910,8 +905,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
     clock.stop()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # libraries and kernels need memory of their own
-    settings = open_cache(cache_dir())["constants"]
-    T = settings["MAX_SEQ_LEN"]
+    T = constants()["MAX_SEQ_LEN"]
     if clock.problem():
         print(f"warning: {clock.problem()}", file=sys.stderr)
     if batch_size < 1:
@@ -921,7 +915,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
         model.eval()
     try:
         tokens = read_tokens("val")
-        rows = list(islice(pack_rows(tokens, T, forever=False), settings["EVAL_TOKENS"] // T))
+        rows = list(islice(pack_rows(tokens, T, forever=False), constants()["EVAL_TOKENS"] // T))
         token_bytes = get_token_bytes(device)  # the prepared tokenizer's, not those of the one passed in
         with torch.no_grad():
             return score_rows(model, tokens, rows, T, token_bytes, batch_size, device)
@@ -1249,7 +1243,7 @@ def prepare(args):
             path = cache / f"{split}-{cache_key(corpus.key(split), checksum(files['tokenizer']), recipe)}.bin"
             files[f"{split}_tokens"] = path
             made = make(path, partial(write_tokens, tokenizer, corpus.documents(split)))
-            tokens = np.memmap(path, np.uint16, "r").view(np.ndarray)
+            tokens = map_tokens(path)
             lengths = np.fromiter((length for length, *_ in document_stream(tokens, forever=False)), np.int64)
             held = np.minimum(lengths, args.seq_len + 1).sum() / len(tokens)
             show(split, f"{len(tokens):,} tokens in {len(lengths):,} documents, rows hold {held:.0%} at most, {made}")
