@@ -169,8 +169,7 @@ def load_manifest(cache):
     """What is in force in the cache folder: constants, files with their checksums, the command that made it."""
     path = cache / MANIFEST
     if not path.exists():
-        run = "run `uv run prepare.py` (without GPU or download: --corpus source)"
-        raise PrepareError(f"nothing is prepared in {cache}: {run}")
+        raise PrepareError(f"nothing is prepared in {cache}: run `uv run prepare.py` (no download: --corpus source)")
     with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):  # no JSON, or of another shape
         manifest = json.loads(path.read_bytes())
         if manifest.pop("checksum") == cache_key(manifest):
@@ -720,7 +719,7 @@ def on_the_clock(items):
 
 
 def batches(tokens, B, T, device):
-    """The generator behind `make_dataloader`, on any tokens (N,)."""
+    """The generator behind `make_dataloader`, on any tokens (N,). A thread makes batches ahead."""
     rows = pack_rows(tokens, T, forever=True)
     pinned = device.type == "cuda"  # a copy overlaps with the GPU's work only from pinned memory
 
@@ -1325,8 +1324,7 @@ def parse_arguments(argv):
             parser.error(f"{option(name)} needs a whole number from {low:,} to {high:,}{but}, got {value:,}")
         setattr(args, name, value)
     if args.eval_tokens < MIN_VAL_ROWS * args.seq_len:
-        rows = f"{MIN_VAL_ROWS} rows of --seq-len {args.seq_len}"
-        parser.error(f"--eval-tokens {args.eval_tokens} is less than {rows}")
+        parser.error(f"--eval-tokens {args.eval_tokens} is less than {MIN_VAL_ROWS} rows of --seq-len {args.seq_len}")
     args.command = shlex.join(["uv", "run", "prepare.py", *(f"{option(k)}={v}" for k, v in vars(args).items())])
     return args
 
@@ -1341,20 +1339,18 @@ def main(argv=None):
         if argv[:1] in (["decide"], ["record"]):
             return decide(*argv)
         prepare(parse_arguments(argv))
+        return 0
     except subprocess.CalledProcessError as error:
-        print(f"prepare.py: error: git: {error.stderr.strip()}", file=sys.stderr)
-        return 1
+        problem, code = f"git: {error.stderr.strip()}", 1
     except PrepareError as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
-        return error.code
+        problem, code = error, error.code
     except OSError as error:  # a full disk, a folder without write permission
         mend = "fix that, or set AUTORESEARCH_CACHE to another folder, then run it again; what is done stays"
-        print(f"prepare.py: error: {error}: {mend}", file=sys.stderr)
-        return 1
+        problem, code = f"{error}: {mend}", 1
     except KeyboardInterrupt:
-        print("prepare.py: interrupted; run it again to go on", file=sys.stderr)
-        return 130
-    return 0
+        problem, code = "interrupted; run it again to go on", 130
+    print(f"prepare.py: error: {problem}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
