@@ -36,7 +36,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import count, groupby, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -169,9 +169,8 @@ def load_manifest(cache):
     """What is in force in the cache folder: constants, files with their checksums, the command that made it."""
     path = cache / MANIFEST
     if not path.exists():
-        hint = "run `uv run prepare.py` (without GPU or download: --corpus source)"
-        raise PrepareError(f"nothing is prepared in {cache}: {hint}")
-    with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
+        raise PrepareError(f"nothing is prepared in {cache}: run `uv run prepare.py` (no download: --corpus source)")
+    with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):  # no JSON, or of another shape
         manifest = json.loads(path.read_bytes())
         if manifest.pop("checksum") == cache_key(manifest):
             return manifest
@@ -190,13 +189,13 @@ def open_cache(cache):
 
 def forget_cache():
     """Read everything anew at the next call, since the cache has changed."""
-    for function in (load_manifest, open_cache, load_tokenizer, map_tokens):
+    for function in (load_manifest, open_cache, Tokenizer.from_directory, read_tokens):
         function.cache_clear()
 
 
 def constants():
-    """{name: value} of the constants in force, checked only for themselves."""
-    return load_manifest(cache_dir())["constants"]
+    """{name: value} of the constants in force."""
+    return open_cache(cache_dir())["constants"]
 
 
 def __getattr__(name):
@@ -207,13 +206,10 @@ def __getattr__(name):
 
 
 def fingerprint():
-    """12 hex digits over this file, PyTorch's version, the constants, the tokenizer and the validation tokens.
-
-    Two values of val_bpb compare only if it is the same.
-    """
-    manifest = open_cache(cache_dir())
-    files = [manifest["files"][kind] for kind in ("tokenizer", "val_tokens")]
-    return cache_key(checksum(__file__), torch.__version__, manifest["constants"], [expected for _, expected in files])
+    """12 hex digits over all that val_bpb depends on. Two values of val_bpb compare only if it is the same."""
+    files = open_cache(cache_dir())["files"]
+    made = [expected for _, expected in (files["tokenizer"], files["val_tokens"])]
+    return cache_key(checksum(__file__), torch.__version__, constants(), made)
 
 
 # -----------------------------------------------------------------------------
@@ -245,12 +241,14 @@ class Corpus:
 
     def documents(self, split):
         """Yields the documents (str) of a split, none of them empty. Raises PrepareError for a file of no use."""
-        position = 0
+        start = 0
         for text in read_texts(self.paths[split], self.column):
-            for part in cut(text, self.length) if self.shared and len(text) > 0.01 * self.chars else [text]:
-                if not self.shared or (position >= (1 - VAL_SHARE) * self.chars) == (split == "val"):
-                    yield from (piece for piece in cut(part, self.length) if piece.strip())
-                position += len(part)
+            long = self.shared and len(text) > 0.01 * self.chars
+            for part in cut(text, self.length) if long else [text]:
+                side = "val" if self.shared and start >= (1 - VAL_SHARE) * self.chars else "train"
+                if side == split or not self.shared:
+                    yield from filter(str.strip, cut(part, self.length))
+                start += len(part)
 
 
 def cut(text, length):
@@ -285,11 +283,10 @@ def read_rows(path, column):
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 yield from batch.to_pylist()
         return
-    # Installed packages have files in other encodings, and the user cannot change them.
-    errors = "replace" if kind == ".py" else "strict"
+    errors = "replace" if kind == ".py" else "strict"  # the user can't change the encoding of an installed package
     with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors=errors) as file:
         if kind == ".jsonl":
-            yield from (json.loads(line) if line.strip() else {column: None} for line in file)
+            yield from (json.loads(line) for line in file if line.strip())
         elif kind == ".csv":
             csv.field_size_limit(sys.maxsize)
             yield from csv.DictReader(file)
@@ -311,24 +308,22 @@ def source_corpus():
     Whole packages are taken for validation, in the order of a hash of their name, up to 5 % of the bytes. Files come
     in the order of a hash too, so that a short run sees something of every package.
     """
-    sizes, files = defaultdict(int), {}  # bytes of each package; relative path -> (package, path)
+    packages = defaultdict(dict)  # package -> {path below its root: path}
     for root in dict.fromkeys(Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")):
         for path in root.rglob("*.py"):
             name = path.relative_to(root)
             # site-packages may lie inside the standard library's folder, but is a root of its own
             if path.is_file() and not {"site-packages", "dist-packages"} & set(name.parts):
-                package = name.parts[0].removesuffix(".py")
-                files[name] = package, path
-                sizes[package] += path.stat().st_size
-    room, val_names = VAL_SHARE * sum(sizes.values()), set()
-    for package in sorted(sizes, key=hash_order):
+                packages[name.parts[0].removesuffix(".py")][name] = path
+    sizes = {package: sum(path.stat().st_size for path in files.values()) for package, files in packages.items()}
+    room, train, val = VAL_SHARE * sum(sizes.values()), {}, {}
+    for package in sorted(packages, key=hash_order):
         if 0 < sizes[package] <= room:
-            val_names.add(package)
+            val.update(packages[package])
             room -= sizes[package]
-    train, val = [], []
-    for name in sorted(files, key=hash_order):
-        package, path = files[name]
-        (val if package in val_names else train).append(path)
+        else:
+            train.update(packages[package])
+    train, val = ([side[name] for name in sorted(side, key=hash_order)] for side in (train, val))
     return Corpus(train, val, f"Python source: {len(train):,} files, validation {len(val):,} files of other packages")
 
 
@@ -383,8 +378,8 @@ def require_hub():
             raise requests.ConnectionError("HF_HUB_OFFLINE is set")
         requests.head(endpoint, timeout=HUB_TIMEOUT)
     except requests.RequestException as error:
-        hint = "check network, proxy (HTTPS_PROXY) and mirror (HF_ENDPOINT); `--corpus source` needs no network"
-        raise PrepareError(f"cannot reach {endpoint} ({failure_reason(error)}): {hint}") from error
+        check = "check network, proxy (HTTPS_PROXY) and mirror (HF_ENDPOINT); `--corpus source` needs no network"
+        raise PrepareError(f"cannot reach {endpoint} ({failure_reason(error)}): {check}") from error
     return endpoint
 
 
@@ -420,14 +415,14 @@ def download_shards(names, folder, workers):
     logging.set_verbosity_error()  # its warnings have signed addresses
 
     def fetch(name):
-        """None, or why this shard could not be fetched."""
+        """Why this shard could not be fetched, or None."""
         try:
             return fetch_shard(folder / name, endpoint)
         except Exception as error:
             return f"{name} ({failure_reason(error)})"
 
     folder.mkdir(parents=True, exist_ok=True)
-    for pause in (*RETRY_PAUSES, 0):
+    for pause in (*RETRY_PAUSES, None):
         missing = [name for name in names if not (folder / name).exists()]
         if not missing:
             return
@@ -440,15 +435,15 @@ def download_shards(names, folder, workers):
             fetched = pool.imap_unordered(fetch, missing)
             problems = sorted(filter(None, tqdm(fetched, "download", len(missing), unit="shard", disable=None)))
         shutil.rmtree(folder / INCOMING, ignore_errors=True)
-        if all(re.search(r"\(HTTP 40[134]\)", problem) for problem in problems):
+        if not problems:
+            return
+        if pause is None or all(re.search(r"\(HTTP 40[134]\)", problem) for problem in problems):
             break  # another attempt changes nothing
-        if pause:
-            print(f"{len(problems)} shards are missing, {problems[0]}: next attempt in {pause} s", flush=True)
-            time.sleep(pause)
-    if problems:
-        text = "; ".join(problems[:4]) + f" and {len(problems) - 4} more" * (len(problems) > 4)
-        hint = "What was fetched stays, run it again (HTTP 401, 403: HF_TOKEN; 404: is HF_ENDPOINT a full mirror?)"
-        raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {text}. {hint}")
+        print(f"{len(problems)} shards are missing, {problems[0]}: next attempt in {pause} s", flush=True)
+        time.sleep(pause)
+    text = "; ".join(problems[:4]) + f" and {len(problems) - 4} more" * (len(problems) > 4)
+    mend = "What was fetched stays, run it again (HTTP 401, 403: HF_TOKEN; 404: is HF_ENDPOINT a full mirror?)"
+    raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {text}. {mend}")
 
 
 # -----------------------------------------------------------------------------
@@ -485,9 +480,11 @@ class Tokenizer:
         return cls([bytes(token) for token, _rank in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])])
 
     @classmethod
+    @cache
     def from_directory(cls, folder=None):
         """The prepared tokenizer. Raises PrepareError if the cache is missing or damaged."""
-        return load_tokenizer(Path(folder or cache_dir()))
+        folder = Path(folder or cache_dir())
+        return cls.load(folder / open_cache(folder)["files"]["tokenizer"][0])
 
     @classmethod
     def load(cls, path):
@@ -527,7 +524,7 @@ class Tokenizer:
 
 
 def split_long_runs(text):
-    """Cuts the text inside runs of 10,000 spaces or non-spaces: BPE's time grows with the square of a run's length."""
+    """Cut the text inside runs of 10,000 spaces or non-spaces: BPE's time grows with the square of a run's length."""
     start = 0
     for run in re.finditer(r"\s{10000}|\S{10000}", text):
         yield text[start : run.end()]
@@ -548,11 +545,6 @@ def sample_texts(documents):
         total += len(text[:TOKENIZER_DOC_CHARS])
         if total >= TOKENIZER_CHARS:
             return
-
-
-@cache
-def load_tokenizer(cache):
-    return Tokenizer.load(cache / open_cache(cache)["files"]["tokenizer"][0])
 
 
 def get_token_bytes(device="cpu"):
@@ -581,16 +573,15 @@ def batched(items, n):
         yield group
 
 
+@cache
 def read_tokens(split):
     """The tokens of a prepared split, memory-mapped: uint16 (N,)."""
     if split not in ("train", "val"):
         raise ValueError(f'split must be "train" or "val", not {split!r}')
-    return map_tokens(cache_dir(), split)
+    return map_tokens(cache_dir() / open_cache(cache_dir())["files"][f"{split}_tokens"][0])
 
 
-@cache
-def map_tokens(cache, split):
-    path = cache / open_cache(cache)["files"][f"{split}_tokens"][0]
+def map_tokens(path):
     return np.memmap(path, np.uint16, "r").view(np.ndarray)  # slicing a plain array costs a tenth of a memmap's
 
 
@@ -604,19 +595,16 @@ def get_device():
     Raises PrepareError if DEVICE names no device of this machine.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = os.environ.get("DEVICE") or next(name for name in available if available[name])
-    if not available.get(name):
-        here = ", ".join(name for name in available if available[name])
-        raise PrepareError(f"DEVICE={name!r} is not on this machine, which has: {here}")
+    here = [name for name in available if available[name]]
+    name = os.environ.get("DEVICE") or here[0]
+    if name not in here:
+        raise PrepareError(f"DEVICE={name!r} is not on this machine, which has: {', '.join(here)}")
     return torch.device(name)
 
 
 def bfloat16_works(device):
-    """Whether a run computes in bfloat16 on this device: CUDA of compute capability 8 or more. Else in float32.
-
-    Compiled code may ask too: the compiler takes the properties of a GPU for constants.
-    """
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
+    """Whether a run computes in bfloat16 on this device (CUDA of compute capability 8 or more), else in float32."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8  # compiled code may ask this
 
 
 def default_scale(device):
@@ -628,12 +616,6 @@ def default_scale(device):
 
 def check_gpu(device, scale):
     """Raises PrepareError if this GPU can't do what a run of this scale needs."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        oldest = min(map(int, re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))), default=0)
-        if 10 * major + minor < oldest:
-            text = f"PyTorch has no kernels for {device_name()}: its compute capability is under {oldest / 10}"
-            raise PrepareError(f"{text}: install an older PyTorch, or use the CPU with DEVICE=cpu")
     if scale == "full" and device.type != "cpu" and not bfloat16_works(device):
         text = f"scale full needs a CUDA GPU of compute capability 8 or more, this is {device_name()}"
         raise PrepareError(f"{text}: `uv run prepare.py --scale desktop`", 2)
@@ -660,9 +642,11 @@ def peak_memory_mb():
 
 
 def device_name():
-    device, name = get_device(), f"CPU, {torch.get_num_threads()} thread(s)"
-    if device.type != "cpu":
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"Apple GPU, {platform.machine()}"
+    name = f"CPU, {torch.get_num_threads()} thread(s)"
+    if get_device().type == "cuda":
+        name = torch.cuda.get_device_name()
+    elif get_device().type == "mps":
+        name = f"Apple GPU, {platform.machine()}"
     return f"{name}, torch {torch.__version__}"
 
 
@@ -708,7 +692,6 @@ def document_stream(tokens, forever):
 
 def fill_rows(tokens, rows, out):
     """Copy the pieces of `rows` into `out`, (B, T + 1) of any integer type. Returns the last row's epoch."""
-    epoch = 0
     for line, (row, epoch) in zip(out, rows):  # noqa: B007
         np.concatenate([tokens[start : start + length] for start, length in row], out=line)
     return epoch
@@ -717,9 +700,9 @@ def fill_rows(tokens, rows, out):
 def make_dataloader(tokenizer, B, T, split):
     """Yields (x, y, epoch) forever: int64 tensors (B, T) on the device, y being the tokens that follow x's.
 
-    Every row starts with BOS and is packed as `pack_rows` says. The same split, B and T give the same batches. A thread
-    makes batches ahead. Every batch is memory of its own, so one that was handed out never changes.
-    The first batch starts the clock. Raises PrepareError, or ValueError for an impossible B, T or split.
+    Every row starts with BOS and is packed as `pack_rows` says. The same split, B and T give the same batches. A batch
+    that was handed out never changes. The first one starts the clock. Raises PrepareError, or ValueError for an
+    impossible B, T or split.
     """
     if B < 1 or T < 1:
         raise ValueError(f"make_dataloader needs B ≥ 1 and T ≥ 1, got B={B}, T={T}")
@@ -736,7 +719,7 @@ def on_the_clock(items):
 
 
 def batches(tokens, B, T, device):
-    """The generator behind `make_dataloader`, on any tokens (N,)."""
+    """The generator behind `make_dataloader`, on any tokens (N,). A thread makes batches ahead."""
     rows = pack_rows(tokens, T, forever=True)
     pinned = device.type == "cuda"  # a copy overlaps with the GPU's work only from pinned memory
 
@@ -765,8 +748,7 @@ def batches(tokens, B, T, device):
 class Clock:
     """The time that a model has to learn in, from the first training batch to the beginning of evaluation.
 
-    Everything in between counts. Another batch or another evaluation after an evaluation continues the time as if it
-    had never stopped, so nothing is learned off the clock.
+    Everything in between counts. Another batch or evaluation after that continues the time as if it had never stopped.
     """
 
     def __init__(self):
@@ -781,7 +763,6 @@ class Clock:
         self.stopped = None
 
     def stop(self):
-        """Called by each evaluation. The time between two evaluations counts as training."""
         if self.started is not None:
             self.stopped = time.monotonic()
 
@@ -800,13 +781,10 @@ class Clock:
         return 1.02 * constants()["TIME_BUDGET"] + 1
 
     def time_is_up(self):
-        """Asked before each step: is the budget used, or would another step end beyond the limit?
-
-        A step is the longer one of the last two, and a tenth more, since no two take the same time.
-        """
+        """Asked before each step: is the budget used, or would another step end beyond the limit?"""
         self.asked = [*self.asked[1:], self.seconds()]
-        step = max(after - before for before, after in pairwise(self.asked))
-        return self.progress() >= 1.0 or self.asked[-1] + 1.1 * step > self.limit()
+        step = 1.1 * max(after - before for before, after in pairwise(self.asked))  # no two take the same time
+        return self.progress() >= 1.0 or self.asked[-1] + step > self.limit()
 
     def problem(self):
         """Why the time of training breaks the rules, or None."""
@@ -852,20 +830,21 @@ def start_run():
     Raises PrepareError before anything has been computed.
     """
     global run_commit
-    device, settings = get_device(), open_cache(cache_dir())["constants"]
-    check_gpu(device, settings["SCALE"])
-    if settings["SCALE"] != "laptop" and (problem := missing_gpu(device, settings["SCALE"])):
+    device, scale = get_device(), constants()["SCALE"]
+    check_gpu(device, scale)
+    if scale != "laptop" and (problem := missing_gpu(device, scale)):
         raise PrepareError(f"{problem}. To run on the CPU nevertheless: `DEVICE=cpu uv run train.py`")
-    # It runs in a thread of C, so it also ends a process that hangs in a kernel or a lock; with every thread's stack
-    stderr = sys.__stderr__ or sys.stderr
-    faulthandler.dump_traceback_later(settings["TIME_BUDGET"] + GRACE, exit=True, file=stderr)
+    # The watchdog is a thread of C, so it also ends a process that hangs in a kernel or a lock.
+    limit, stderr = constants()["TIME_BUDGET"] + GRACE, sys.__stderr__ or sys.stderr
+    faulthandler.dump_traceback_later(limit, exit=True, file=stderr)
     with contextlib.suppress(OSError):  # stdout is no file
         fcntl.flock(sys.stdout, fcntl.LOCK_SH | fcntl.LOCK_NB)  # `decide` sees by it that this run is alive
     for split in ("train", "val"):
         read_tokens(split)  # open from now on: another prepare.py can't take the files away
     get_token_bytes()
-    for seed_generators in (random.seed, np.random.seed, torch.manual_seed):  # the last one on every device
-        seed_generators(get_seed())
+    random.seed(get_seed())
+    np.random.seed(get_seed())
+    torch.manual_seed(get_seed())  # on every device
     run_commit = find_commit()
     return device
 
@@ -873,11 +852,12 @@ def start_run():
 def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, attention):
     """Print the block that every tool greps. The harness adds what it knows itself. The run is over after it."""
     faulthandler.cancel_dump_traceback_later()
-    memory, (commit, changed) = peak_memory_mb(), run_commit
-    seeds = {torch.initial_seed(), torch.cuda.initial_seed() if get_device().type == "cuda" else get_seed()}
-    others = seeds - {get_seed()}
-    reseeded = others and f"train.py set torch's seed to {others.pop()}, the harness set it to SEED={get_seed()}"
-    for problem in filter(None, (changed, reseeded, clock.problem())):
+    memory, (commit, problem) = peak_memory_mb(), run_commit
+    problems = [problem, clock.problem()]
+    for generator in (torch, torch.cuda) if get_device().type == "cuda" else (torch,):
+        if (seed := generator.initial_seed()) != get_seed():
+            problems.append(f"train.py set torch's seed to {seed}, the harness set it to SEED={get_seed()}")
+    for problem in filter(None, problems):
         print(f"warning: no commit stands for this run: {problem}")
         commit = None
     lines = {
@@ -924,8 +904,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
     clock.stop()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # libraries and kernels need memory of their own
-    settings = open_cache(cache_dir())["constants"]
-    T = settings["MAX_SEQ_LEN"]
+    T = constants()["MAX_SEQ_LEN"]
     if clock.problem():
         print(f"warning: {clock.problem()}", file=sys.stderr)
     if batch_size < 1:
@@ -935,7 +914,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
         model.eval()
     try:
         tokens = read_tokens("val")
-        rows = list(islice(pack_rows(tokens, T, forever=False), settings["EVAL_TOKENS"] // T))
+        rows = list(islice(pack_rows(tokens, T, forever=False), constants()["EVAL_TOKENS"] // T))
         token_bytes = get_token_bytes(device)  # the prepared tokenizer's, not those of the one passed in
         with torch.no_grad():
             return score_rows(model, tokens, rows, T, token_bytes, batch_size, device)
@@ -1061,7 +1040,8 @@ def bars(rows):
             ideas.append(i)
         if status == "keep":
             kept.add(commit)
-    noise = [value for _, value, status, _ in rows[: ideas[0] if ideas else None] if status == "keep"]
+    baseline = rows[: ideas[0]] if ideas else rows
+    noise = [value for _, value, status, _ in baseline if status == "keep"]
     if len(noise) < 3:
         return found, math.nan, math.nan, 0
     head, margin, n = statistics.mean(noise), KEEP_MARGIN * statistics.stdev(noise), 0
@@ -1090,7 +1070,7 @@ def read_results(table):
 
 
 def one_line(text):
-    """At most 120 printable characters: what an agent reads, and what stands in the table, must not flood it."""
+    """At most 120 printable characters: a row or a message must not flood the agent that reads it."""
     return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())[:120]
 
 
@@ -1101,46 +1081,48 @@ def kept_commits(rows):
 
 def is_written(log):
     """Whether the run of this log is alive: it holds a lock on the file, which ends with its process."""
-    with open(log, "a") as f:
-        try:
+    try:
+        with open(log, "a") as f:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+        return False
+    except OSError:
+        return True
 
 
 def new_row(tree, rows):
-    """The row (five str) that the run of `tree` adds to `rows`, None if there is none, or a str: what it waits for.
+    """What the run in a tree (the clone or a worktree) adds to `rows`: a row (five str), None, or a str: why to wait.
 
-    A tree is the clone or a worktree. Its run.log begins with the commit and ends with `exit: …`. Raises PrepareError.
+    Its run.log begins with the commit and ends with `exit: …`. Raises PrepareError.
     """
     commit, path = git("rev-parse", "HEAD", tree=tree)[:7], tree / "run.log"
+    kept = kept_commits(rows) or [commit]  # the first run is one of the baseline
     log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = [line for line in log.splitlines() if line.strip()] or [""]
-    kept = kept_commits(rows) or [commit]  # the first run is one of the baseline
     if not lines[0].startswith(commit):
-        idea = not rows or git("diff", "--name-only", kept[-1], commit, "--", "train.py", tree=tree)
-        return f"{path} has no run of {commit}" if idea else None
+        is_new = not rows or git("diff", "--name-only", kept[-1], commit, "--", "train.py", tree=tree)
+        return f"{path} has no run of {commit}" if is_new else None
     if not lines[-1].startswith("exit: "):
-        return f"{path}: {'' if is_written(path) else 'was cut off, start it again: '}{one_line(lines[-1])}"
+        state = "" if is_written(path) else "was cut off, start it again: "
+        return f"{path}: {state}{one_line(lines[-1])}"
     block = dict(re.findall(r"^(\w+): +(.+)", log.rpartition("\n---\n")[2], re.MULTILINE))
-    seed, number = block.get("seed", "0"), re.fullmatch(rf"{commit}\t\d+\.\d+\t\S+", block.get("row", ""))
+    number = re.fullmatch(rf"{commit}\t\d+\.\d+\t\S+", block.get("row", ""))
+    if commit in kept and not number:
+        raise PrepareError(f"{path}: a run of {commit} must have a number: find out why it has none, run it again")
+    seed = block.get("seed", "0")  # a crash says none
     if seed in (DESCRIPTION.match(row[4])["seed"] or "0" for row in rows if row[0] == commit):
         return None
     if commit in kept:
-        status, text = "keep", f"{'check' if {row[0] for row in rows} - {commit} else 'baseline'}, seed {seed}"
-        if not number:
-            raise PrepareError(f"{path}: a run of {commit} must have a number: find out why it has none, run it again")
-    else:
-        status, text = "discard" if number else "crash", git("log", "-1", "--format=%s", commit, tree=tree)
-        if seed != "0":
-            raise PrepareError(f"{path}: an idea has the seed 0, this run had {seed}: run it again")
-        if git("diff", "--name-only", kept[-1], f"{commit}~1", "--", "train.py", tree=tree):
-            raise PrepareError(f"{commit} must be one commit on top of {kept[-1]}: make it that, and run it again")
+        kind = "check" if any(row[0] != commit for row in rows) else "baseline"
+        return [*block["row"].split("\t"), "keep", f"{kind}, seed {seed}, {block['num_steps']} steps"]
+    if seed != "0":
+        raise PrepareError(f"{path}: an idea has the seed 0, this run had {seed}: run it again")
+    if git("diff", "--name-only", kept[-1], f"{commit}~1", "--", "train.py", tree=tree):
+        raise PrepareError(f"{commit} must be one commit on top of {kept[-1]}: make it that, and run it again")
+    idea = one_line(git("log", "-1", "--format=%s", commit, tree=tree))
     if number:
-        return [*block["row"].split("\t"), status, f"{one_line(text)}, {block['num_steps']} steps"]
-    reason = [*re.findall("^warning: no commit stands for this run: (.+)", log, re.MULTILINE), *lines[:-1][-1:]][0]
-    return [commit, "0.000000", "0.0", status, f"{one_line(text)}: {one_line(reason)}"]
+        return [*block["row"].split("\t"), "discard", f"{idea}, {block['num_steps']} steps"]
+    reasons = [*re.findall("^warning: no commit stands for this run: (.+)", log, re.MULTILINE), lines[-2]]
+    return [commit, "0.000000", "0.0", "crash", f"{idea}: {one_line(reasons[0])}"]
 
 
 def decide(command, veto=""):
@@ -1148,11 +1130,12 @@ def decide(command, veto=""):
 
     `record discard` keeps nothing. Returns the exit status. Raises PrepareError, or CalledProcessError of git.
     """
-    branch, table = git("branch", "--show-current"), Path("results.tsv")  # "" where a check has detached HEAD
-    rows = read_results(table)
     if (command, veto) not in (("decide", ""), ("record", ""), ("record", "discard")):
         raise PrepareError("the commands of a night are `prepare.py decide`, `record` and `record discard`", 2)
-    if not branch.startswith("autoresearch/") and (branch or not rows):
+    table, branch = Path("results.tsv"), git("branch", "--show-current")
+    rows = read_results(table)
+    checks = not branch and git("rev-parse", "HEAD")[:7] in kept_commits(rows)  # HEAD is detached for a check
+    if not branch.startswith("autoresearch/") and not checks:
         raise PrepareError(f"a night has a branch autoresearch/…, this is {branch or 'none'}: git switch to it", 2)
     worktrees = sorted(path.parent for path in Path(".waves").glob("[0-9]*/.git"))
     trees, deadline = worktrees or [Path()], time.monotonic() + DECIDE_WAIT
@@ -1165,35 +1148,32 @@ def decide(command, veto=""):
     if waiting:
         print(f"not ended: {waiting[0][0]}", *(tree for _, tree in waiting[1:]), sep=", ")
         return int(command == "record")
-    new = list(filter(None, found))
-    wave = 1 + max((int(DESCRIPTION.match(row[4])["wave"] or 0) for row in rows), default=0)
-    for row in new if worktrees else ():
-        row[4] = f"wave {wave}: {row[4]}"
-    ideas = [row for row in new if row[3] != "keep"]
+    new = [row for row in found if row]
+    if worktrees:
+        wave = 1 + max((int(DESCRIPTION.match(row[4])["wave"] or 0) for row in rows), default=0)
+        for row in new:
+            row[4] = f"wave {wave}: {row[4]}"
     facts = [(commit, float(value), status, text) for commit, value, _, status, text in rows + new]
-    limits, (_, head, margin, n) = bars(facts)[0][len(rows) :], bars(facts[: len(rows)])
+    limits = bars(facts)[0][len(rows) :]
+    _, head, margin, n = bars(facts[: len(rows)])
     if not math.isnan(head):
         bar = f"keep below {head - margin * (1 - n / KEEP_WAVES):.6f}, simpler code below {head + margin:.6f}"
         print(f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}")
-    elif ideas:
-        raise PrepareError(
-            f"an idea needs a baseline with three numbers: git switch --detach {rows[0][0]}, run it first"
-        )
-    if ideas and not branch:
-        raise PrepareError("HEAD is detached: an idea is a commit of the branch, git switch to it")
-    passed = [(float(row[1]), row) for row, bar in zip(new, limits) if row[3] == "discard" and float(row[1]) < bar]
-    passed = [row for _, row in sorted(passed)]
+    elif any(row[3] != "keep" for row in new):
+        raise PrepareError(f"an idea needs three runs of the baseline: git switch --detach {rows[0][0]}, run it first")
+    passed = [row for row, limit in zip(new, limits) if row[3] == "discard" and float(row[1]) < limit]
+    passed.sort(key=lambda row: float(row[1]))
     if passed and not veto:
         passed[0][3] = "keep"
-    print(*("\t".join(row) for row in new), sep="\n", end="\n" * bool(new))
+    for row in new:
+        print("\t".join(row))
     if passed[1:]:
         print("one of the next ideas, on the new head:", *(f"tried/{row[0]}" for row in passed[1:]))
     if command == "record":
-        for tree in {Path(), *worktrees}:
+        for tree in [Path(), *worktrees]:
             if git("status", "--porcelain", "--untracked-files=no", "--", "train.py", tree=tree):
-                raise PrepareError(
-                    f"{tree / 'train.py'} has changes without a commit: git stash, record, git stash pop"
-                )
+                path = tree / "train.py"
+                raise PrepareError(f"{path} has changes without a commit: git stash, record, git stash pop")
         with atomic_write(table) as f:
             f.write("".join("\t".join(row) + "\n" for row in [[HEADER], *rows, *new]).encode())
         follow(rows + new, branch, worktrees)
@@ -1225,16 +1205,18 @@ def prepare(args):
     cache.mkdir(parents=True, exist_ok=True)
     with cache_lock(cache):
         forget_cache()  # another process may have changed it
-        try:
+        before, known = None, {}
+        with contextlib.suppress(PrepareError):  # nothing is prepared, or the manifest is damaged
             before = load_manifest(cache)
-        except PrepareError:
-            before = None
-        checksums = dict(before["files"].values()) if before else {}
-        damaged = not before and (cache / MANIFEST).exists()
+            known = dict(before["files"].values())
+        trusted = before or not (cache / MANIFEST).exists()  # a damaged manifest can't tell which files are good
 
-        def up_to_date(path):
-            """A file's name has the key of what it was made from. A file that is there was complete."""
-            return path.exists() and not damaged and checksums.get(path.name) in (None, checksum(path))
+        def make(path, function):
+            """Make a file, unless it is there: its name has the key of what it is made from."""
+            if trusted and path.exists() and known.get(path.name) in (None, checksum(path)):
+                return "up to date"
+            function(path)
+            return "made"
 
         if args.corpus == "climbmix":
             corpus = climbmix_corpus(cache / "data", args.num_shards, args.download_workers)
@@ -1245,40 +1227,38 @@ def prepare(args):
             corpus = own_corpus(Path(args.corpus), args.text_column, length)
         show("corpus", corpus.note)
 
+        def train_tokenizer(path):
+            Tokenizer.train(sample_texts(corpus.documents("train")), args.vocab_size).save(path)
+
         recipe = [3, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS]
         path = cache / f"tokenizer-{cache_key(corpus.key('train'), args.vocab_size, recipe)}.bpe"
-        files, made = {"tokenizer": path}, not up_to_date(path)
-        if made:
-            Tokenizer.train(sample_texts(corpus.documents("train")), args.vocab_size).save(path)
+        files, made = {"tokenizer": path}, make(path, train_tokenizer)
         tokenizer = Tokenizer.load(path)
         vocab_size = tokenizer.get_vocab_size()
-        show("tokenizer", f"{vocab_size:,} tokens, {'made' if made else 'up to date'}")
-        if vocab_size < args.vocab_size:
-            show("", f"note: the text has no more tokens to learn, {args.vocab_size:,} were asked for")
+        more = f", {args.vocab_size:,} were asked for: the text has no more to learn" * (vocab_size < args.vocab_size)
+        show("tokenizer", f"{vocab_size:,} tokens, {made}{more}")
 
         for split in ("train", "val"):
             path = cache / f"{split}-{cache_key(corpus.key(split), checksum(files['tokenizer']), recipe)}.bin"
             files[f"{split}_tokens"] = path
-            if made := not up_to_date(path):
-                write_tokens(tokenizer, corpus.documents(split), path)
-            tokens = np.memmap(path, np.uint16, "r").view(np.ndarray)
+            made = make(path, partial(write_tokens, tokenizer, corpus.documents(split)))
+            tokens = map_tokens(path)
             lengths = np.fromiter((length for length, *_ in document_stream(tokens, forever=False)), np.int64)
             held = np.minimum(lengths, args.seq_len + 1).sum() / len(tokens)
-            documents = f"{len(tokens):,} tokens in {len(lengths):,} documents, rows hold {held:.0%} at most"
-            show(split, f"{documents}, {'made' if made else 'up to date'}")
+            show(split, f"{len(tokens):,} tokens in {len(lengths):,} documents, rows hold {held:.0%} at most, {made}")
 
         wanted = args.eval_tokens // args.seq_len
         rows = sum(1 for _ in islice(pack_rows(tokens, args.seq_len, forever=False), wanted))  # of val
+        scored = f"{rows * args.seq_len:,} validation tokens"
         if rows < MIN_VAL_ROWS:
             text = f"the validation text fills {rows} rows of --seq-len {args.seq_len}, {MIN_VAL_ROWS} are needed"
             raise PrepareError(f"{text}: add text, add a file named val, or choose a smaller --seq-len", 2)
         if rows < wanted:
-            show("", f"note: validation has {rows * args.seq_len:,} tokens in whole rows; --eval-tokens asks for more")
+            show("", f"note: there are {scored} in whole rows; --eval-tokens asks for more")
 
         if write_manifest(cache, args, vocab_size, files) == before:
             show("", "everything was there already: nothing to do")
-        tokens = f"{rows * args.seq_len:,} validation tokens"
-        show("ready", f"scale {args.scale}: rows of {args.seq_len:,} tokens, {args.time_budget} s a run, {tokens}")
+        show("ready", f"scale {args.scale}: rows of {args.seq_len:,} tokens, {args.time_budget} s a run, {scored}")
         show("", f"in {cache}, harness {fingerprint()}, after {time.monotonic() - started:.1f} s")
         if problem := missing_gpu(get_device(), args.scale):
             show("", f"note: {problem}")
@@ -1291,20 +1271,20 @@ def show(what, text):
 
 def write_manifest(cache, args, vocab_size, files):
     """Put these files, {kind: path}, in force and remove those of an earlier manifest. Returns the manifest."""
-    names = ("SCALE", "MAX_SEQ_LEN", "TIME_BUDGET", "VOCAB_SIZE", "EVAL_TOKENS")
-    values = (args.scale, args.seq_len, args.time_budget, vocab_size, args.eval_tokens)
-    manifest = {"command": args.command, "constants": dict(zip(names, values))}
-    manifest["files"] = {kind: [path.name, checksum(path)] for kind, path in files.items()}
+    constants = {"SCALE": args.scale, "MAX_SEQ_LEN": args.seq_len, "TIME_BUDGET": args.time_budget}
+    constants |= {"VOCAB_SIZE": vocab_size, "EVAL_TOKENS": args.eval_tokens}
+    checksums = {kind: [path.name, checksum(path)] for kind, path in files.items()}
+    manifest = {"command": args.command, "constants": constants, "files": checksums}
     text = json.dumps({**manifest, "checksum": cache_key(manifest)}, indent=1).encode()
     path = cache / MANIFEST
     if not path.exists() or path.read_bytes() != text:
         with atomic_write(path) as f:
             f.write(text)
     forget_cache()
-    in_force = {path.name for path in files.values()}
+    in_force = {MANIFEST, *(path.name for path in files.values())}
     made_here = re.compile(rf"((tokenizer|train|val)-[0-9a-f]{{12}}\.(bpe|bin|idx)|{re.escape(MANIFEST)})(\.tmp-\d+)?")
     for path in cache.iterdir():  # the folder may hold files that are not ours
-        if made_here.fullmatch(path.name) and path.name not in in_force | {MANIFEST} and path.is_file():
+        if made_here.fullmatch(path.name) and path.name not in in_force and path.is_file():
             path.unlink()
     return manifest
 
@@ -1314,13 +1294,9 @@ def write_manifest(cache, args, vocab_size, files):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="prepare.py",
-        usage="uv run prepare.py [options]",
-        description="Prepare data, tokenizer and token files, once per machine. What was prepared is in force until "
-        "this is run again. A second run with the same options does nothing.",
-        epilog=f"Everything is kept in {cache_dir()} (AUTORESEARCH_CACHE names another folder).",
-    )
+    about = "Prepare data, tokenizer and token files. They are in force until this is run again with other options."
+    where = f"Everything is kept in {cache_dir()} (AUTORESEARCH_CACHE names another folder)."
+    parser = argparse.ArgumentParser("prepare.py", "uv run prepare.py [options]", about, where)
     corpora = (
         "climbmix: download prose from the Hugging Face hub (default); source: the Python source files on this "
         f"machine, no download; DIR: your own {', '.join(KINDS)} files, gzipped or not, or one of them; validation is "
@@ -1333,22 +1309,22 @@ def parse_arguments(argv):
     parser.add_argument("--text-column", default="text", metavar="NAME", help=column)
     for name, (*_, defaults, meaning) in OPTIONS.items():
         each = ", ".join(f"{scale} {default:,}" for scale, default in zip(SCALES, defaults))
-        text = f"{meaning} ({f'{defaults[0]:,}' if len(set(defaults)) == 1 else each})"
-        parser.add_argument(option(name), type=int, metavar="N", help=text)
+        parser.add_argument(option(name), type=int, metavar="N", help=f"{meaning} ({each})")
     args = parser.parse_args(argv)
     if args.corpus not in ("climbmix", "source"):
         args.corpus = str(Path(args.corpus).expanduser().resolve())
     args.scale = args.scale or default_scale(get_device())
     check_gpu(get_device(), args.scale)
     for name, (low, high, defaults, _) in OPTIONS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, defaults[SCALES.index(args.scale)])
-        if not low <= getattr(args, name) <= high or getattr(args, name) == 0:
-            limits = f"from {low:,} to {high:,}" + ", not 0" * (low < 0)
-            parser.error(f"{option(name)} needs a whole number {limits}, got {getattr(args, name):,}")
+        value = getattr(args, name)
+        if value is None:
+            value = defaults[SCALES.index(args.scale)]
+        if not low <= value <= high or value == 0:  # only num_shards has a limit below 0
+            but = ", not 0" * (low < 0)
+            parser.error(f"{option(name)} needs a whole number from {low:,} to {high:,}{but}, got {value:,}")
+        setattr(args, name, value)
     if args.eval_tokens < MIN_VAL_ROWS * args.seq_len:
-        text = f"--eval-tokens {args.eval_tokens} is less than {MIN_VAL_ROWS} rows of --seq-len {args.seq_len}"
-        parser.error(text)
+        parser.error(f"--eval-tokens {args.eval_tokens} is less than {MIN_VAL_ROWS} rows of --seq-len {args.seq_len}")
     args.command = shlex.join(["uv", "run", "prepare.py", *(f"{option(k)}={v}" for k, v in vars(args).items())])
     return args
 
@@ -1363,20 +1339,18 @@ def main(argv=None):
         if argv[:1] in (["decide"], ["record"]):
             return decide(*argv)
         prepare(parse_arguments(argv))
+        return 0
     except subprocess.CalledProcessError as error:
-        print(f"prepare.py: error: git: {error.stderr.strip()}", file=sys.stderr)
-        return 1
+        problem, code = f"git: {error.stderr.strip()}", 1
     except PrepareError as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
-        return error.code
+        problem, code = error, error.code
     except OSError as error:  # a full disk, a folder without write permission
-        hint = "fix that, or set AUTORESEARCH_CACHE to another folder, then run it again; what is done stays"
-        print(f"prepare.py: error: {error}: {hint}", file=sys.stderr)
-        return 1
+        mend = "fix that, or set AUTORESEARCH_CACHE to another folder, then run it again; what is done stays"
+        problem, code = f"{error}: {mend}", 1
     except KeyboardInterrupt:
-        print("prepare.py: interrupted; run it again to go on", file=sys.stderr)
-        return 130
-    return 0
+        problem, code = "interrupted; run it again to go on", 130
+    print(f"prepare.py: error: {problem}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -559,10 +559,10 @@ def test_killed_at_any_file_it_is_never_taken_for_whole_and_goes_on(tmp_path, co
     done = run_python("-c", KILLER, f"--corpus={corpus}", *SMALL, cache=tmp_path / "cache")
     states = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("state")]
     half, whole = ["True", "False", "False", "True", "0"], ["True", "True", "False", "True", "0"]
-    # tokenizer, two files a split, and last the manifest
-    expected = {(str(n), moment): half for n in range(1, 7) for moment in ("before", "after")}
-    expected["6", "after"] = whole
-    expected["7", "before"] = expected["7", "after"] = ["False", "True", "False", "True", "0"]
+    # tokenizer, a file a split, and last the manifest
+    expected = {(str(n), moment): half for n in range(1, 5) for moment in ("before", "after")}
+    expected["4", "after"] = whole
+    expected["5", "before"] = expected["5", "after"] = ["False", "True", "False", "True", "0"]
     assert {(n, moment): rest for n, moment, *rest in states} == expected, done.stderr
 
 

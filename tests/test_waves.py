@@ -412,6 +412,8 @@ def test_baselines_that_crash(tmp_path, monkeypatch, capsys):
     night.start("0 1")
     night.wait(lambda: not night.alive())
     assert "must have a number" in night.decide(capsys, "record")[1]
+    night.baselines()  # a crash says no seed: it is not taken for one that has its row
+    assert "must have a number" in night.decide(capsys, "record")[1]
 
 
 def test_the_real_train_py(tmp_path, slurm, cache, monkeypatch, capsys):
