@@ -206,6 +206,9 @@ def test_the_key_of_a_text_has_all_that_it_depends_on(tmp_path):
     keys = {prepare.Corpus(*way[:2], "", *way[3:]).key("train") for way in ways}
     path.write_text("longer")
     assert len(keys | {prepare.Corpus((path,), (path,), "").key("train")}) == 5
+    kept = prepare.Corpus((path,), (other,), "").key("val")
+    path.write_text("longer still")
+    assert prepare.Corpus((path,), (other,), "").key("val") == kept  # new text for training leaves validation
 
 
 def test_source_splits_by_whole_packages_in_a_stable_order():
@@ -309,17 +312,6 @@ def test_twice_does_nothing_and_other_options_redo_what_depends_on_them(own_cach
     assert again()[2] == first and len(seen) == 4  # made anew from the same text, it is the same
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     assert prepare.fingerprint() not in seen
-
-
-def test_new_text_for_training_leaves_validation(own_cache, corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "TOKENIZER_CHARS", 1000)  # the tokenizer learns from the first file only
-    folder = shutil.copytree(corpus, tmp_path / "text")
-    assert run(capsys, f"--corpus={folder}", *SMALL)[0] == 0
-    before = stamps(own_cache)
-    write(folder, "bb.txt", " ".join(prose(9, 20)))
-    assert run(capsys, f"--corpus={folder}", *SMALL)[0] == 0
-    kept = {name for name, stamp in stamps(own_cache).items() if before.get(name) == stamp}
-    assert {name.split("-")[0] for name in kept} == {"val"}
 
 
 def test_small_validation_and_small_vocabulary_are_said(own_cache, corpus, capsys):
