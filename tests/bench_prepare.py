@@ -27,13 +27,13 @@ from test_loader import slow_rows
 import prepare
 
 
-def timed(what, work, amounts):
-    """Run work() and print its time, and amounts(result) -> {unit: number} per second. Returns the result."""
+def timed(what, work, unit, amount):
+    """Run work() and print its time, and `amount` (a number, or a function of the result) per second."""
     started = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - started
-    rates = ", ".join(f"{number / seconds:,.1f} {unit}/s" for unit, number in amounts(result).items())
-    print(f"{what:<34}{seconds:8.2f} s   {rates}", flush=True)
+    rate = (amount(result) if callable(amount) else amount) / seconds
+    print(f"{what:<34}{seconds:8.2f} s   {rate:,.1f} {unit}/s", flush=True)
     return result
 
 
@@ -66,21 +66,14 @@ def main():
         with Hub(dict(zip(names, found))) as hub:
             os.environ["HF_ENDPOINT"] = hub.endpoint
             data = folder / "data"
-            timed(
-                "download and verify, loopback",
-                lambda: prepare.download_shards(names, data, 8),
-                lambda _: {"MB": megabytes},
-            )
-        timed("again, nothing to do", lambda: prepare.download_shards(names, data, 8), lambda _: {"MB": megabytes})
+            timed("download and verify, loopback", lambda: prepare.download_shards(names, data, 8), "MB", megabytes)
+        timed("again, nothing to do", lambda: prepare.download_shards(names, data, 8), "MB", megabytes)
         paths = [data / name for name in names]
         texts = list(prepare.sample_texts(prepare.read_texts(paths[:-1], "text")))
         characters = sum(map(len, texts)) / 1e6
         print(f"{'':<34}{characters:8.1f} M characters for the tokenizer")
-        tokenizer = timed(
-            "tokenizer",
-            lambda: prepare.Tokenizer.train(iter(texts), args.vocab_size),
-            lambda _: {"M characters": characters},
-        )
+        train = lambda: prepare.Tokenizer.train(iter(texts), args.vocab_size)  # noqa: E731
+        tokenizer = timed("tokenizer", train, "M characters", characters)
 
         def tokenize(cpus):
             os.sched_setaffinity(0, available[:cpus])
@@ -89,9 +82,9 @@ def main():
             return (folder / f"train-{cpus}.bin").stat().st_size / 2e6
 
         for cpus in sorted({1, cores}):
-            timed(f"tokenizing on {cpus} core(s)", lambda: tokenize(cpus), lambda tokens: {"M tokens": tokens})  # noqa: B023
+            timed(f"tokenizing on {cpus} core(s)", lambda: tokenize(cpus), "M tokens", float)  # noqa: B023
         path = folder / f"train-{cores}.bin"
-        timed("checking the token file", lambda: prepare.checksum(path), lambda _: {"MB": path.stat().st_size / 1e6})
+        timed("checking the token file", lambda: prepare.checksum(path), "MB", path.stat().st_size / 1e6)
 
         tokens = prepare.np.fromfile(path, prepare.np.uint16)
 
@@ -102,12 +95,11 @@ def main():
                 prepare.fill_rows(tokens, batch, packed)
             return len(rows)
 
-        timed("the rows of an evaluation", evaluation_rows, lambda rows: {"M tokens": rows * 2048 / 1e6})
-        batch = args.rows * 2048 / 1e6
+        timed("the rows of an evaluation", evaluation_rows, "M tokens", lambda rows: rows * 2048 / 1e6)
         rows = slow_rows(tokens[: 10**7], 2048, passes=10**9)
-        timed("the plain packer, 400 rows", lambda: list(islice(rows, 400)), lambda _: {"M tokens": 400 * 2048 / 1e6})
-        loader = prepare.batches(tokens, args.rows, 2048, torch.device("cpu"))
-        timed("loader, 2,000 batches", lambda: sum(1 for _ in islice(loader, 2000)), lambda n: {"M tokens": n * batch})
+        timed("the plain packer, 400 rows", lambda: list(islice(rows, 400)), "M tokens", 400 * 2048 / 1e6)
+        loader = islice(prepare.batches(tokens, args.rows, 2048, torch.device("cpu")), 2000)
+        timed("loader, 2,000 batches", lambda: sum(1 for _ in loader), "M tokens", 2000 * args.rows * 2048 / 1e6)
 
 
 if __name__ == "__main__":

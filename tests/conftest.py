@@ -17,8 +17,8 @@ import torch
 import prepare
 
 ROOT = Path(prepare.__file__).parent
-# T = 64, 400 tokens, 4,096 evaluated: seconds instead of minutes
-SMALL = ["--scale=laptop", "--seq-len=64", "--vocab-size=400", "--eval-tokens=4096", "--time-budget=5"]
+# T = 64, 400 tokens, 4,096 evaluated, 2 s of training: seconds instead of minutes
+SMALL = ["--scale=laptop", "--seq-len=64", "--vocab-size=400", "--eval-tokens=4096", "--time-budget=2"]
 
 NAMES = "Ada Emil Noor Tove the old miller a young pilot nobody her sister their captain the last of them".split()
 VERBS = "finds loses carries forgets repairs paints counts sells hides draws".split()
@@ -110,3 +110,11 @@ def train_step(compiled_model, optimizer, loader, grad_accum_steps):
 
     parts = SimpleNamespace(compiled_model=compiled_model, optimizer=optimizer)
     return train.Run.step(parts, loader, grad_accum_steps)
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """[the time in seconds], which tests may set"""
+    now = [100.0]
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
+    return now

@@ -2,9 +2,7 @@
 
 Two servers, as in life. The endpoint answers HEAD /datasets/<repo>/resolve/main/<name> with a redirect that names
 commit, length and sha256 (X-Repo-Commit, X-Linked-Size, X-Linked-Etag). The storage behind it has the bytes and knows
-ranges. By hand:
-
-    python tests/hub.py FOLDER      # serves its *.parquet, prints the HF_ENDPOINT to use, until Ctrl-C
+ranges.
 """
 
 import contextlib
@@ -15,9 +13,6 @@ import threading
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-
-VAL_SHARD = "shard_06542.parquet"
 
 
 @dataclass
@@ -142,16 +137,3 @@ def make_server(hub, place):
 @cache
 def sha256_of(path, mtime):
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def main():
-    folder = Path(sys.argv[1])
-    files = {path.name: path for path in sorted(folder.glob("*.parquet"))}
-    files.setdefault(VAL_SHARD, files[max(files)])  # the last one, if none has this name
-    with Hub(files) as hub, contextlib.suppress(KeyboardInterrupt):
-        print(f"HF_ENDPOINT={hub.endpoint}", flush=True)
-        threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,5 @@
 """A real Slurm of our own: munged, slurmctld and two slurmd on this machine, as the calling user, in one folder.
 
-    python tests/slurm.py [NODES [GPUS_A_NODE]]     prints the SLURM_CONF to use and runs until Ctrl-C
-
 GPUs are links to /dev/null that gres.conf names as devices: Slurm counts them and sets CUDA_VISIBLE_DEVICES.
 """
 
@@ -11,8 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -148,21 +144,3 @@ class Slurm:
                     conf in environ and f"SLURMD_NODENAME={node}" in environ
                 ):
                     os.kill(int(proc.name), signal.SIGKILL)
-
-
-def main():
-    for number in (signal.SIGINT, signal.SIGTERM):  # a process in the background ignores the first
-        signal.signal(number, signal.default_int_handler)
-    folder = tempfile.mkdtemp(prefix="slurm-")
-    with Slurm(folder, *map(int, sys.argv[1:])) as slurm:
-        print(f"export SLURM_CONF={slurm.env['SLURM_CONF']}  # until Ctrl-C", flush=True)
-        try:
-            while True:
-                time.sleep(1)
-        except KeyboardInterrupt:
-            pass
-    shutil.rmtree(folder)
-
-
-if __name__ == "__main__":
-    main()

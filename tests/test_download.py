@@ -14,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.pool import ThreadPool
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,28 +31,22 @@ A, B, C, VAL = NAMES = ["shard_00000.parquet", "shard_00001.parquet", "shard_000
 CLIENT = """
 import pathlib, signal, sys, prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
-folder = pathlib.Path(sys.argv[1])
-folder.mkdir(parents=True, exist_ok=True)
 try:
-    with prepare.cache_lock(folder):  # as prepare.py does
-        prepare.download_shards(sys.argv[2:], folder, 2)
+    prepare.download_shards(sys.argv[2:], pathlib.Path(sys.argv[1]), 2)
 except KeyboardInterrupt:
     sys.exit(130)
 """
 
 
-def write_shard(path, seed):
-    """A parquet shard of prose, Python's language reference in an order of its own; some 300 kB."""
-    documents = [f"{title}\n\n{text}" for title, text in sorted(pydoc_data.topics.topics.items())]
-    random.Random(seed).shuffle(documents)
-    pq.write_table(pa.table({"text": documents}), path, row_group_size=16)
-    return path
-
-
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
+    """Parquet shards of prose, Python's language reference, each in an order of its own; some 300 kB."""
     folder = tmp_path_factory.mktemp("shards")
-    return {name: write_shard(folder / name, seed) for seed, name in enumerate(NAMES)}
+    documents = [f"{title}\n\n{text}" for title, text in sorted(pydoc_data.topics.topics.items())]
+    for seed, name in enumerate(NAMES):
+        random.Random(seed).shuffle(documents)
+        pq.write_table(pa.table({"text": documents}), folder / name, row_group_size=16)
+    return {name: folder / name for name in NAMES}
 
 
 @pytest.fixture
@@ -59,6 +54,7 @@ def hub(shards, monkeypatch):
     """The hub as HF_ENDPOINT, and pauses that a test can wait for."""
     for name in [n for n in os.environ if n.lower().endswith("_proxy") or n.startswith("HF_")]:
         monkeypatch.delenv(name)
+    huggingface_hub.close_session()  # a new one reads the environment
     monkeypatch.setattr(prepare, "RETRY_PAUSES", (0.01, 0.02))
     with Hub(dict(shards)) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
@@ -76,7 +72,7 @@ def folder(tmp_path, hub):
 def download(folder, *names, workers=4):
     prepare.download_shards(list(names or NAMES), folder, workers)
     assert {*(names or NAMES)} <= {*present(folder)}
-    assert {path.name for path in folder.iterdir()} <= {*NAMES, ".autoresearch-lock"}  # nothing half-fetched
+    assert {path.name for path in folder.iterdir()} <= {*NAMES}  # nothing half-fetched
 
 
 def error_of(folder, *names):
@@ -97,7 +93,7 @@ def client(folder, *names):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_until(condition, what, seconds=20):
+def wait_until(condition, what, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
@@ -129,15 +125,10 @@ NO_HASH = {"X-Linked-Etag": '"5d41402abc4b2a76b9719d911017c592"'}
 HTML = {"Content-Type": "text/html", "Location": None, "X-Repo-Commit": None}
 FAULTS = {  # name: (fault, where, what the message says if it never ends)
     "cut": (Fault(cut=100_000), "storage", None),
-    "cut at once": (Fault(cut=0), "storage", None),
     "flipped bit": (Fault(body=flipped), "storage", "its sha256 is not the one"),
     "shorter": (Fault(body=lambda b: b[:-1000]), "storage", "should be of size"),
-    "longer": (Fault(body=lambda b: b + bytes(1000)), "storage", "should be of size"),
-    "empty": (Fault(body=lambda b: b""), "storage", "should be of size"),
-    "web page": (Fault(body=lambda b: b"<!doctype html>".ljust(len(b))), "storage", "its sha256 is not the one"),
     "503 of the storage": (Fault(status=503), "storage", "HTTP 503"),
     "500 of the endpoint": (Fault(status=500), "endpoint", None),
-    "429 of the endpoint": (Fault(status=429), "endpoint", None),
     "no sha256": (Fault(headers=NO_HASH), "endpoint", "its sha256 is not the one"),
     "web page of the endpoint": (Fault(status=200, headers=HTML), "endpoint", ""),
 }
@@ -166,13 +157,10 @@ def test_the_same_problem_of_many_shards_is_told_once(hub, folder):
     assert message.count("(HTTP 404)") == 4 and " and 16 more" in message and "20 of 20 shards" in message
 
 
-STALLED = "import sys, huggingface_hub.constants as c; c.HF_HUB_DOWNLOAD_TIMEOUT = 0.5\n"
-
-
-def test_a_stalled_stream_is_tried_again(hub, folder):
+def test_a_stalled_stream_is_tried_again(hub, folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     hub.fail(A, Fault(stall=100_000))
-    done = run_python("-c", STALLED + CLIENT, folder, A, NO_PROXY="127.0.0.1")
-    assert done.returncode == 0, done.stderr
+    download(folder, A)
     assert len(hub.seen("storage", A)) == 2
 
 
@@ -206,19 +194,24 @@ def test_ctrl_c(hub, folder):
     download(folder)
 
 
-def test_two_at_once(hub, folder):
+def test_two_at_once(hub, folder, capsys):
     """The second waits, then uses what the first has fetched: each shard crosses the network once."""
+
+    def locked_download():
+        with prepare.cache_lock(folder.parent):
+            download(folder)
+
+    folder.parent.mkdir()
     gate = threading.Event()
     hub.fail(A, Fault(gate=gate))
-    first = client(folder)
-    wait_until(lambda: hub.seen("storage", A), "the first client")
-    second = client(folder)
-    assert second.stdout.readline() == "another prepare.py is at work in this cache: waiting for it to end\n"
-    gate.set()
-    assert (first.wait(20), second.wait(20)) == (0, 0), second.stderr.read()
-    for process in (first, second):
-        process.communicate()
-    assert [len(hub.seen("storage", name)) for name in NAMES] == [1, 1, 1, 1] and present(folder) == NAMES
+    with ThreadPool(2) as pool:
+        first = pool.apply_async(locked_download)
+        wait_until(lambda: hub.seen("storage", A), "the first")
+        second = pool.apply_async(locked_download)
+        wait_until(lambda: "another prepare.py is at work" in capsys.readouterr().out, "the second")
+        gate.set()
+        first.get(60), second.get(60)
+    assert [len(hub.seen("storage", name)) for name in NAMES] == [1, 1, 1, 1]
 
 
 # -----------------------------------------------------------------------------
@@ -240,7 +233,7 @@ def test_a_network_that_swallows_everything(hub, folder, monkeypatch):
         assert "timed out" in error_of(folder)
 
 
-@pytest.mark.parametrize("endpoint", ["http://hub.invalid", "huggingface.co", "ftp://x"])
+@pytest.mark.parametrize("endpoint", ["http://hub.invalid", "huggingface.co"])
 def test_an_endpoint_that_leads_nowhere(hub, folder, monkeypatch, endpoint):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     assert f"cannot reach {endpoint} (" in error_of(folder)
@@ -265,46 +258,21 @@ def test_a_network_that_goes_away_is_found_out_once(hub, folder, monkeypatch):
     assert len(attempts) == len(names) and present(folder) == names[:2]  # one round, then the hub is asked
 
 
-def test_the_token_goes_to_the_endpoint_only(hub, folder):
-    done = run_python("-c", CLIENT, folder, *NAMES, HF_TOKEN="hf_secret", NO_PROXY="127.0.0.1")
-    assert done.returncode == 0, done.stderr
+def test_the_token_goes_to_the_endpoint_only(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    download(folder)
     sent = {name: [headers.get("authorization") for headers in hub.seen("endpoint", name)] for name in NAMES}
     assert all(set(values) == {"Bearer hf_secret"} for values in sent.values()), sent
     stored = [headers for place, *_, headers in hub.requests if place == "storage"]
     assert len(stored) == 4 and "hf_secret" not in str(stored)
 
 
-def test_the_proxy_is_used(hub, folder):
-    """The endpoint's name means nothing but to the proxy: without it, no shard arrives."""
-    asked = []
-
-    class Proxy(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def do_GET(self):
-            asked.append(self.path)
-            url = self.path.replace("http://hub.invalid", hub.endpoint)
-            headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}
-            answer = requests.request(self.command, url, headers=headers, allow_redirects=False)
-            self.send_response(answer.status_code)
-            for key, value in answer.headers.items():
-                self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(answer.content)
-
-        do_HEAD = do_GET
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    proxy = f"http://127.0.0.1:{server.server_address[1]}"
-    done = run_python(
-        "-c", CLIENT, folder, A, VAL, HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=proxy, http_proxy=proxy
-    )
-    server.shutdown()
-    server.server_close()
-    assert done.returncode == 0, done.stderr
-    assert present(folder) == [A, VAL] and f"{hub.storage}/blobs/{A}?X-Signature=secret" in asked
+def test_the_proxy_is_used(hub, folder, monkeypatch):
+    """The endpoint's name means nothing but to the proxy, here the hub itself: without it, no shard arrives."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("HTTP_PROXY", hub.endpoint)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    download(folder, A, VAL)
 
 
 def test_a_cache_that_cannot_be_written(hub, tmp_path, monkeypatch, capsys):
@@ -319,22 +287,15 @@ def test_a_cache_that_cannot_be_written(hub, tmp_path, monkeypatch, capsys):
 # From the hub to a number
 
 
-def test_prepare_then_train(hub, tmp_path):
-    """The two commands of the README's real thing, small: what they print, and that the second needs no hub."""
-    options = ["--num-shards=3", *SMALL, "--time-budget=2"]
-    done = run_python("prepare.py", *options, cache=tmp_path / "home", HF_ENDPOINT=hub.endpoint)
-    assert done.returncode == 0, done.stderr
-    assert "climbmix: 3 training shard(s), validation shard_06542.parquet" in done.stdout
-    run = run_python("train.py", cache=tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
+def test_prepare_then_train(hub, tmp_path, monkeypatch, capsys):
+    """The two commands of the README's real thing, small. A shard is missing, so fewer go on, without a hub."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "home"))
+    hub.fail(C, Fault(status=404), at="endpoint", always=True)
+    assert prepare.main(["--num-shards=3", *SMALL]) == 1
+    assert f"{C} (HTTP 404)" in capsys.readouterr().err
+    hub.close()
+    assert prepare.main(["--num-shards=2", *SMALL]) == 0
+    assert "climbmix: 2 training shard(s), validation shard_06542.parquet" in capsys.readouterr().out
+    run = run_python("train.py")
     assert run.returncode == 0, run.stderr
     assert re.search(r"^---\nval_bpb: +\d\.\d{6}$", run.stdout, re.MULTILINE)
-    again = run_python("prepare.py", *options, cache=tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
-    assert again.returncode == 0 and "nothing to do" in again.stdout
-
-
-def test_fewer_shards_go_on_from_what_is_here(hub, tmp_path):
-    hub.fail(C, Fault(status=404), at="endpoint", always=True)
-    failed = run_python("prepare.py", "--num-shards=3", *SMALL, cache=tmp_path / "home", HF_ENDPOINT=hub.endpoint)
-    assert failed.returncode == 1 and f"{C} (HTTP 404)" in failed.stderr
-    done = run_python("prepare.py", "--num-shards=2", *SMALL, cache=tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 0, done.stderr

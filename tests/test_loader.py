@@ -11,7 +11,7 @@ from operator import itemgetter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT
 
 import prepare
 
@@ -87,30 +87,12 @@ def test_a_worked_example():
     assert rows == [[(11, 5), (16, 1)], [(0, 3), (3, 3)]]  # (start, length)
 
 
-def test_one_pass_scores_no_document_twice_and_drops_the_unfilled_row():
-    documents = make_documents(1, 2500, 30)
-    tokens = as_file(documents)
-    rows = [row for row, _ in prepare.pack_rows(tokens, 20, forever=False)]
-    assert all(sum(length for _, length in row) == 21 for row in rows)
-    used = [start for row in rows for start, _ in row]
-    assert len(set(used)) == len(used)
-    assert set(used) <= set(np.flatnonzero(tokens == 0).tolist()) and len(documents) - len(used) < 21
-
-
 def test_epochs_count_passes():
     tokens = as_file(make_documents(2, 3000, 20))
     seen = [epoch for _, _, epoch in islice(prepare.batches(tokens, 4, 32, torch.device("cpu")), 600)]
     per_epoch = len(tokens) / (4 * 33)  # batches, cropped tokens aside
     assert seen[0] == 1 and seen == sorted(seen)
     assert seen[-1] == pytest.approx(600 / per_epoch, abs=1.2)
-
-
-def test_every_row_begins_with_bos(cache):
-    tokenizer = prepare.Tokenizer.from_directory()
-    for split in ("train", "val"):
-        for x, y, _ in islice(prepare.make_dataloader(tokenizer, 8, 48, split), 40):
-            assert (x[:, 0] == tokenizer.get_bos_token_id()).all()
-            assert torch.equal(x[:, 1:], y[:, :-1])
 
 
 def test_a_batch_handed_out_never_changes(cache):
@@ -141,22 +123,19 @@ def test_impossible_shapes_are_refused(cache):
 
 
 LOAD = """
-import sys, time, prepare
+import time, prepare
 loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 64, 64, "train")
 next(loader)
 print("first", flush=True)
-time.sleep(float(sys.argv[1]))
+time.sleep(60)
 """
 
 
-def test_the_process_ends_with_the_loader_still_at_work(cache):
-    done = run_python("-c", LOAD, 0, cache=cache, timeout=60)
-    assert done.returncode == 0 and done.stderr == ""
-
-
 def test_ctrl_c_ends_it(cache):
-    command = [sys.executable, "-c", LOAD, "60"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Although the loader's thread is at work."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOAD], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "first\n"
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)

@@ -105,14 +105,9 @@ def peek(x, logits, source):
 def cheats(V):
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
     ahead = lambda x: torch.cat([x[:, 1:], x[:, :1]], dim=1)  # noqa: E731
-    late = lambda x: (torch.arange(x.size(1)) % 3 == 0)[:, None]  # noqa: E731
     return {
         "one token ahead": (lambda x: peek(x, table[x], ahead(x)), "not causal"),
         "a little of it": (lambda x: table[x] + 0.01 * torch.nn.functional.one_hot(ahead(x), V), "not causal"),
-        "ahead at every third place": (
-            lambda x: torch.where(late(x), peek(x, table[x], ahead(x)), table[x]),
-            "not causal",
-        ),
         "the whole row's mean": (lambda x: table[x] + table[x].mean(dim=1, keepdim=True), "not causal"),
         "the next row": (lambda x: peek(x, table[x], x.roll(-1, dims=0)), "mixes rows"),
         "the batch's mean": (lambda x: table[x] + 0.1 * table[x[:, :1]].mean(dim=0), "mixes rows"),
@@ -121,11 +116,9 @@ def cheats(V):
         "beyond float32": (lambda x: table[x].double() * 1e300, "not finite in float32"),
         "infinity for one token": (lambda x: table[x].index_fill(2, torch.tensor(3), -math.inf), "not finite"),
         "too few logits": (lambda x: table[x][..., :-1], "shape (8, 64, 400), it returned torch.float32 (8, 64, 399)"),
-        "the last place only": (lambda x: table[x][:, -1:], "shape"),
         "a loss": (lambda x: torch.tensor(0.1), "shape"),
         "whole numbers": (lambda x: table[x].long(), "floating-point"),
         "a tuple": (lambda x: (table[x], None), "returned tuple"),
-        "None": (lambda x: None, "returned NoneType"),
     }
 
 
@@ -149,7 +142,7 @@ class Reusing(torch.nn.Module):
         return memory.copy_(5 * torch.nn.functional.one_hot(ahead, self.V))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8, 64])
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
 def test_one_memory_for_all_answers_hides_nothing(tokenizer, batch_size):
     with pytest.raises(prepare.EvaluationError, match="not causal"):
         prepare.evaluate_bpb(Reusing(tokenizer.get_vocab_size()), tokenizer, batch_size)
@@ -229,49 +222,29 @@ def test_training_mode_is_left_and_given_back(tokenizer):
     assert set(modes) == {(False, False)} and model.training
 
 
-def test_an_impossible_batch_size_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="batch_size"):
-        prepare.evaluate_bpb(Model(400), tokenizer, 0)
-
-
 # -----------------------------------------------------------------------------
 # The clock around it
 
 
-def test_the_clock_runs_from_the_first_batch_to_evaluation(tokenizer, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
+def test_the_clock_runs_from_the_first_batch_to_evaluation(tokenizer, now, capsys):
     loader = prepare.make_dataloader(tokenizer, 2, 64, "train")
     now[0] += 50  # making the loader, compiling
     assert prepare.clock.seconds() == 0 and prepare.clock.progress() == 0
     next(loader)
-    now[0] += 2
-    assert prepare.clock.seconds() == 2 and prepare.clock.progress() == pytest.approx(2 / 5)
+    now[0] += 0.5
+    assert prepare.clock.seconds() == 0.5 and prepare.clock.progress() == pytest.approx(0.5 / 2)
     assert not prepare.clock.time_is_up()
-    now[0] += 3.5
+    now[0] += 2
     assert prepare.clock.time_is_up() and prepare.clock.progress() == 1
     prepare.evaluate_bpb(Model(400), tokenizer, 64)
     now[0] += 10
-    assert prepare.clock.seconds() == 5.5
+    assert prepare.clock.seconds() == 2.5 and capsys.readouterr().err == ""
     prepare.evaluate_bpb(Model(400), tokenizer, 64)  # whatever was learned between the two
-    assert prepare.clock.seconds() == 15.5
+    assert prepare.clock.seconds() == 12.5
+    assert "training took 12.5 s of a budget of 2 s" in capsys.readouterr().err
     next(loader)  # learning after an evaluation is on the clock too, as if it had never stopped
     now[0] += 1
-    assert prepare.clock.seconds() == 16.5
-
-
-def test_too_much_time_is_told(tokenizer, monkeypatch, capsys):
-    now = [100.0]
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
-    next(prepare.make_dataloader(tokenizer, 2, 64, "train"))
-    now[0] += 8
-    prepare.evaluate_bpb(Model(400), tokenizer, 64)
-    assert "training took 8.0 s of a budget of 5 s" in capsys.readouterr().err
-
-
-def test_islice_is_lazy_about_validation(tokenizer):
-    """No more rows are packed than are scored."""
-    assert len(list(islice(prepare.pack_rows(prepare.read_tokens("val"), 64, forever=False), 64))) == 64
+    assert prepare.clock.seconds() == 13.5
 
 
 def test_one_answer_is_held_at_a_time(tokenizer):

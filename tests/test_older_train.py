@@ -35,7 +35,7 @@ model = torch.compile(Bigram(tokenizer.get_vocab_size()), dynamic=False, backend
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 train_loader = make_dataloader(tokenizer, 16, MAX_SEQ_LEN, "train")
 x, y, epoch = next(train_loader)  # and only then everything is compiled
-time.sleep(1.5)
+time.sleep(2)
 total, step = 0, 0
 while total < TIME_BUDGET:
     t0 = time.time()
@@ -61,12 +61,4 @@ def test_an_older_train_py_works_unchanged(tmp_path, session_cache):
     done = run_python("train.py", cwd=tmp_path, cache=session_cache)
     assert done.returncode == 0, done.stderr
     assert 0.1 < float(re.search(r"^val_bpb: +(\d+\.\d{6})$", done.stdout, re.MULTILINE)[1]) < 4
-    assert re.search(r"warning: training took \d+\.\d s of a budget of 5 s", done.stderr)
-
-
-def test_without_a_cache_its_last_line_says_what_to_run(tmp_path):
-    shutil.copy(ROOT / "prepare.py", tmp_path)
-    (tmp_path / "train.py").write_text(OLDER)
-    done = run_python("train.py", cwd=tmp_path, cache=tmp_path / "none")
-    assert done.returncode == 1
-    assert "nothing is prepared" in done.stderr.splitlines()[-1] and "uv run prepare.py" in done.stderr
+    assert re.search(r"warning: training took \d+\.\d s of a budget of 2 s", done.stderr)

@@ -104,20 +104,6 @@ def test_polar_express_of_zeros_is_zeros():
 # NorMuon
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_normuon_gives_rows_or_columns_the_same_size_and_keeps_the_norm(shape):
-    dim = -1 if shape[0] >= shape[1] else -2
-    G = torch.randn(2, *shape, generator=rng()) * torch.logspace(-1, 1, max(shape)).unsqueeze(dim)
-    second_moment = torch.zeros_like(G.select(dim, 0).unsqueeze(dim))
-    out = train.normuon(G, second_moment, 0.95)
-    sizes = out.norm(dim=dim)
-    # float32, sums of up to 3,072 squares
-    torch.testing.assert_close(out.norm(dim=(-2, -1)), G.norm(dim=(-2, -1)), rtol=1e-5, atol=0)
-    torch.testing.assert_close(sizes, sizes[:, :1].expand_as(sizes), rtol=1e-5, atol=0)
-    assert G.norm(dim=dim).amax() > 50 * G.norm(dim=dim).amin()  # before, they differed
-    torch.testing.assert_close(second_moment, 0.05 * G.square().mean(dim=dim, keepdim=True), rtol=1e-5, atol=0)
-
-
 def test_normuon_by_hand():
     # The mean squares of the rows are 12.5 and 0.125. With β2 = 0.5 the running ones become 6.25 and 0.0625, their
     # inverse roots 0.4 and 4: (1.2, 1.6) and (0, 2), norm √8. The norm was √25.25.
@@ -192,40 +178,6 @@ def test_the_optimizer_stacks_the_matrices_of_a_group():
         assert (a - start).abs().max() > 0.01
 
 
-def one_muon_step(p, grad, **numbers):
-    """The weights after a first step, float32."""
-    dim = -1 if p.size(0) >= p.size(1) else -2
-    stack = p.clone()[None]
-    momentum_buffer, second_moment = torch.zeros_like(stack), torch.zeros_like(stack.select(dim, 0).unsqueeze(dim))
-    numbers = dict(dict(lr=0.02, momentum=0.9, beta2=0.95, weight_decay=0.0), **numbers)
-    train.muon_step(stack, grad.clone()[None], momentum_buffer, second_moment, **numbers)
-    return stack[0]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_cautious_weight_decay_acts_only_where_the_step_shrinks_the_weight(shape):
-    lr = 0.02 * max(1, shape[0] / shape[1]) ** 0.5
-    p, grad = torch.randn(2, *shape, generator=rng())
-    plain, decayed = one_muon_step(p, grad), one_muon_step(p, grad, weight_decay=0.5)
-    update = p - plain
-    shrinks = update * p > 0
-    assert 0.3 < shrinks.float().mean() < 0.7  # both kinds occur
-    assert torch.equal(decayed[~shrinks], plain[~shrinks])
-    # weights up to 4, rounded at 4·6e-8 before and after
-    torch.testing.assert_close((plain - decayed)[shrinks], (lr * 0.5 * p)[shrinks], atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("shape, factor", list(zip(SHAPES, (1, 1, 2))))
-def test_learning_rate_is_spectral_norm_times_root_of_rows_over_columns(shape, factor):
-    grad = matrices(*shape).float()
-    moved = one_muon_step(torch.zeros(shape), grad, lr=0.02)
-    # NorMuon keeps the Frobenius norm of the orthogonal factor, which is √rank times LOW to HIGH. The first step takes
-    # 0.19 of the gradient; Polar Express's + 1e-6 changes that by a millionth, which grows to 1e-5
-    assert moved.norm().item() == pytest.approx(0.02 * factor * train.polar_express(grad).norm().item(), rel=1e-4)
-    assert LOW < moved.norm().item() / (0.02 * factor * min(shape) ** 0.5) < HIGH
-    assert (moved * grad).sum() < 0  # downhill
-
-
 # -----------------------------------------------------------------------------
 # Param groups
 
@@ -249,44 +201,29 @@ def test_param_groups_of_the_baseline():
     config = replace(train.FULL, DEPTH=2, ASPECT_RATIO=8, HEAD_DIM=8, N_KV_HEAD=1, VE_GATE_CHANNELS=8)  # width 16
     model = train.GPT(config, 32, 8, train.sdpa_attention)
     groups = train.make_optimizer(model, config).param_groups
-    by_name = {
-        name: group for group in groups for name, p in model.named_parameters() if id(p) in map(id, group["params"])
-    }
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
-    scale = (16 / 768) ** -0.5
-    adamw = {
-        "wte.weight": (0.6 * scale, (0.8, 0.95)),
-        "value_embeds.1.weight": (0.6 * scale, (0.8, 0.95)),
-        "lm_head.weight": (0.004 * scale, (0.8, 0.95)),
-        "resid_lambdas": (0.005, (0.8, 0.95)),
-        "x0_lambdas": (0.5, (0.96, 0.95)),
-    }
-    for name, group in by_name.items():
-        if name in adamw:
-            lr, betas = adamw[name]
-            assert group["kind"] == "adamw" and group["lr"] == pytest.approx(lr) and group["betas"] == betas, name
-            assert group["eps"] == 1e-10 and group["weight_decay"] == 0, name
-        else:
-            assert name.startswith("blocks.") and group["kind"] == "muon", name
-            assert group["lr"] == 0.04 and group["beta2"] == 0.95, name
+    for name, parameter in model.named_parameters():
+        (group,) = (group for group in groups if any(p is parameter for p in group["params"]))
+        assert group["kind"] == ("muon" if name.startswith("blocks.") else "adamw"), name
+        if group["kind"] == "muon":
             assert len({p.shape for p in group["params"]}) == 1, name  # they are stacked
+        elif "lambdas" not in name:  # learning rates for width 768
+            lr = config.HEAD_LR if name == "lm_head.weight" else config.EMBEDDING_LR
+            assert group["lr"] == pytest.approx(lr * 48**0.5), name
 
 
 # -----------------------------------------------------------------------------
 # Schedules
 
 
-@pytest.mark.parametrize(
-    "progress, warmdown_ratio, lr_multiplier",
-    [(0, 0.5, 1), (0.5, 0.5, 1), (0.75, 0.5, 0.5), (0.9, 0.5, 0.2), (1, 0.5, 0), (0.25, 1, 0.75), (1, 0, 1)],
-)
-def test_learning_rate_over_time(progress, warmdown_ratio, lr_multiplier):
+@pytest.mark.parametrize("progress, ratio, multiplier", [(0, 0.5, 1), (0.5, 0.5, 1), (0.9, 0.5, 0.2), (1, 0, 1)])
+def test_learning_rate_over_time(progress, ratio, multiplier):
     optimizer = train.MuonAdamW([adamw_group(parameters((3,))), muon_group(parameters((2, 2)))])
-    config = replace(train.FULL, WARMDOWN_RATIO=warmdown_ratio)
+    config = replace(train.FULL, WARMDOWN_RATIO=ratio)
     train.set_schedules(optimizer, config, 0.9, 77)  # an earlier step leaves no trace
     train.set_schedules(optimizer, config, progress, 0)
     adamw, muon = optimizer.param_groups
-    assert adamw["lr"] == pytest.approx(0.01 * lr_multiplier) and muon["lr"] == pytest.approx(0.02 * lr_multiplier)
+    assert adamw["lr"] == pytest.approx(0.01 * multiplier) and muon["lr"] == pytest.approx(0.02 * multiplier)
 
 
 @pytest.mark.parametrize(

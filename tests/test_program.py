@@ -111,7 +111,7 @@ class Clone:
 def clone(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("night")
     made = run_python(
-        "prepare.py", f"--corpus={corpus}", *SMALL, "--time-budget=3", "--eval-tokens=1024", cache=folder / "cache"
+        "prepare.py", f"--corpus={corpus}", *SMALL, "--time-budget=1", "--eval-tokens=1024", cache=folder / "cache"
     )
     assert made.returncode == 0, made.stderr
     return Clone(folder / "clone", folder / "cache")
@@ -207,17 +207,6 @@ def test_a_night_in_small(clone):
     vetoed = clone.sh("git rev-parse HEAD")[:7]
     clone.record("discard")
     assert clone.rows()[-1][3] == "discard"
-
-    # Slips: another seed for an idea, and an idea of two commits
-    clone.edit("WARMDOWN_RATIO: float = 0.5", "WARMDOWN_RATIO: float = 0.6")
-    clone.sh("git commit -qam 'longer warm-down'")
-    clone.run(seed=5)
-    assert "an idea has the seed 0, this run had 5" in clone.record(ok=False)
-    clone.edit("WARMDOWN_RATIO: float = 0.6", "WARMDOWN_RATIO: float = 0.7")
-    clone.sh("git commit -qam 'even longer'")
-    clone.run()
-    assert f"must be one commit on top of {kept}" in clone.record(ok=False)
-    clone.sh(f"git reset -q --keep {kept}")
 
     # The check: the baseline on another seed, and back
     clone.sh(command("--detach"))

@@ -4,6 +4,7 @@ import gc
 import itertools
 import math
 import os
+import runpy
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -91,21 +92,27 @@ def test_a_run_after_the_warm_up_equals_a_run_without_it(monkeypatch):
     assert losses(monkeypatch, warm_up=True) == losses(monkeypatch)
 
 
-def test_every_build_is_the_same_and_only_the_last_one_stays_in_memory():
-    """Whatever the warm-up did to the first model, the second one has the same weights and random state."""
+def check_that_the_warm_up_leaves_no_trace(config, V, T, device):
+    """Whatever the warm-up did to the first model, which is gone, the second has the same weights and random state."""
     models, states = [], []
 
     def watched_build():
         assert not any(model() for model in models), "the model of an earlier attempt is still in memory"
-        run = train.Run(TINY, V, T, CPU, train.sdpa_attention)
+        run = train.Run(config, V, T, device, train.sdpa_attention)
         models.append(weakref.ref(run.model))
-        states.append([*(p.detach().clone() for p in run.model.parameters()), torch.get_rng_state()])
+        states.append([*(p.detach().cpu().clone() for p in run.model.parameters()), torch.get_rng_state()])
+        if device.type == "cuda":
+            states[-1].append(torch.cuda.get_rng_state())
         return run
 
     torch.manual_seed(3)
-    train.warm_up(watched_build, TINY, V, T, CPU)
+    assert train.warm_up(watched_build, config, V, T, device) == 4
     watched_build()
     assert len(states) == 2 and all(map(torch.equal, *states))
+
+
+def test_every_build_is_the_same_and_only_the_last_one_stays_in_memory():
+    check_that_the_warm_up_leaves_no_trace(TINY, V, T, CPU)
 
 
 @pytest.mark.parametrize("total, possible", [(100, 96), (5, 8)])
@@ -134,10 +141,7 @@ def build_with_memory_for(rows, error=torch.cuda.OutOfMemoryError("CUDA out of m
     return build_it
 
 
-@pytest.mark.parametrize(
-    "rows, most, fit, wanted",
-    [(16, 8, 99, 8), (16, 16, 5, 4), (16, 64, 1, 1), (4, 64, 99, 4), (25, 25, 13, 5), (12, 12, 5, 4), (36, 24, 99, 18)],
-)
+@pytest.mark.parametrize("rows, most, fit, wanted", [(16, 64, 1, 1), (4, 64, 99, 4), (25, 25, 13, 5), (36, 24, 99, 18)])
 def test_the_micro_batch_is_the_largest_divisor_of_the_step_that_fits_the_memory(rows, most, fit, wanted):
     config = replace(TINY, TOTAL_BATCH_SIZE=rows * T, DEVICE_BATCH_SIZE=most)
     assert train.warm_up(build_with_memory_for(fit), config, V, T, CPU) == wanted
@@ -148,10 +152,6 @@ def test_the_micro_batch_is_the_largest_divisor_of_the_step_that_fits_the_memory
     [
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
-        "No valid triton configs. OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.",
-        "Triton Error [CUDA]: out of memory",
-        "CUDA error: out of memory",
-        "HIP out of memory. Tried to allocate 20.00 MiB.",
         "MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB, max allowed: 9.07 GB).",
     ],
 )
@@ -162,14 +162,10 @@ def test_out_of_memory_in_the_words_of_each_library(message):
 SHARED = "out of resource: triton_tem_fused_0 Required: 118784 Hardware limit: 101376 Reducing block sizes may help."
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError("an illegal memory access"),
-    RuntimeError(f"No valid triton configs. OutOfMemoryError: {SHARED}"),
-    torch.cuda.OutOfMemoryError(SHARED),
-])  # fmt: skip
-def test_another_error_is_not_taken_for_out_of_memory(error):
+@pytest.mark.parametrize("message", ["an illegal memory access", f"No valid configs. OutOfMemoryError: {SHARED}"])
+def test_another_error_is_not_taken_for_out_of_memory(message):
     with pytest.raises(RuntimeError, match=r"illegal|out of resource"):
-        train.warm_up(build_with_memory_for(2, error), TINY, V, T, CPU)
+        train.warm_up(build_with_memory_for(2, RuntimeError(message)), TINY, V, T, CPU)
 
 
 @pytest.mark.parametrize("rows, budget, steps", [(64, 24, 48), (64, 26, None), (1, 49, 49), (1, 51, None)])
@@ -221,20 +217,15 @@ def test_a_seed_decides_the_loss_curve(monkeypatch):
     assert losses(monkeypatch, seed=2) != first
 
 
-@pytest.mark.parametrize("factor, message", [(math.nan, "nan"), (math.inf, "inf"), (3.0, r"10\.\d*, the limit 6\.9")])
-def test_a_loss_that_explodes_ends_the_run_and_names_the_step(monkeypatch, factor, message):
-    # the limit is twice the first loss, 2·ln 32 = 6.93; micro-batch 5 is the first of step 3
-    with pytest.raises(train.TrainingError, match=f"step 3: the loss is {message}"):
-        losses(monkeypatch, change=lambda n, loss: loss * factor if n >= 5 else loss)
-
-
-def test_a_first_loss_that_is_not_finite_ends_the_run(monkeypatch):
-    with pytest.raises(train.TrainingError, match="step 1: the loss is inf"):
-        losses(monkeypatch, change=lambda n, loss: loss * math.inf)
-
-
-def test_a_bad_loss_below_the_limit_does_not_end_the_run(monkeypatch):
-    losses(monkeypatch, change=lambda n, loss: loss * (1 if n <= 2 else 1.5))
+# the limit is twice the first loss, 2·ln 32 = 6.93; micro-batch 5 is the first of step 3
+@pytest.mark.parametrize(
+    "first, factor, message",
+    [(5, math.nan, "step 3: .* nan"), (1, math.inf, "step 1: .* inf"), (5, 3.0, r"step 3: .* 10\.\d*, the limit 6\.9")],
+)
+def test_a_loss_that_explodes_ends_the_run_and_names_the_step(monkeypatch, first, factor, message):
+    with pytest.raises(train.TrainingError, match=message):
+        losses(monkeypatch, change=lambda n, loss: loss * factor if n >= first else loss)
+    losses(monkeypatch, change=lambda n, loss: loss * (1 if n <= 2 else 1.5))  # bad, but below the limit
 
 
 def test_progress_on_a_terminal_and_in_a_file(monkeypatch, capsys):
@@ -244,7 +235,6 @@ def test_progress_on_a_terminal_and_in_a_file(monkeypatch, capsys):
     losses(monkeypatch, steps=5)
     text = capsys.readouterr().out
     assert text.count("step") == 5 and text.count("\033[F\033[K") == 4
-    assert text.startswith("step     1 |   0.0 % | loss 3.4") and text.endswith(" s\n")
 
 
 # -----------------------------------------------------------------------------
@@ -323,11 +313,6 @@ class LikeMPS(TorchDispatchMode):
         return out
 
 
-def test_the_stand_in_refuses_float64():
-    with LikeMPS(), pytest.raises(AssertionError):
-        torch.ones(2) + torch.ones(2, dtype=torch.float64)
-
-
 def test_a_run_uses_neither_float64_nor_pinned_memory():
     config = replace(TINY, N_KV_HEAD=1)
     with LikeMPS() as mode:
@@ -338,6 +323,8 @@ def test_a_run_uses_neither_float64_nor_pinned_memory():
             train.set_schedules(run.optimizer, config, step / 3, step)
             run.step(random_batches(2), 2)
         run.compiled_model(torch.zeros(2, T, dtype=torch.long))
+        with pytest.raises(AssertionError):  # the stand-in does refuse it
+            torch.ones(2, dtype=torch.float64)
     assert mode.calls > 1000
 
 
@@ -353,44 +340,38 @@ def test_a_step_mixes_no_devices():
         model(x.cpu())
 
 
-MISSING = """
-import runpy, prepare
-def start_run():
-    raise NotImplementedError(MESSAGE)
-prepare.start_run = start_run
-runpy.run_path("train.py", run_name="__main__")
-"""
+def run_train_py(monkeypatch, error):
+    """What `python train.py` says, or raises, where its run fails so."""
+
+    def start_run():
+        raise error
+
+    monkeypatch.setattr(prepare, "start_run", start_run)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(train.__file__, run_name="__main__")
+    return caught.value.code
 
 
-def test_an_operation_that_mps_lacks_ends_the_run_in_one_line():
+def test_an_operation_that_mps_lacks_ends_the_run_in_one_line(monkeypatch):
     message = "The operator 'aten::new' is not currently implemented for the MPS device. If you want this op, comment"
-    done = run_python("-c", MISSING.replace("MESSAGE", repr(message)))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "DEVICE=cpu" in done.stderr
-    assert message.partition(".")[0] in done.stderr and "If you want" not in done.stderr
-    done = run_python("-c", MISSING.replace("MESSAGE", "'a method of a class'"))
-    assert "Traceback" in done.stderr and "DEVICE=cpu" not in done.stderr
+    said = run_train_py(monkeypatch, NotImplementedError(message))
+    assert "DEVICE=cpu" in said and message.partition(".")[0] in said and "If you want" not in said
+    with pytest.raises(NotImplementedError, match="a method of a class"):
+        run_train_py(monkeypatch, NotImplementedError("a method of a class"))
+    for error in (prepare.PrepareError, prepare.EvaluationError):
+        assert run_train_py(monkeypatch, error("in one line")) == "train.py: error: in one line"
 
 
 # -----------------------------------------------------------------------------
 # MFU, import, compilation
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_peak_flops_without_cuda(monkeypatch, device):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
-    assert math.isnan(train.peak_flops(torch.device(device)))
-
-
-@pytest.mark.parametrize("teraflops, names", [
-    (989, "NVIDIA H100 80GB HBM3, NVIDIA H200"),
-    (165, "NVIDIA GeForce RTX 4090"),
-    (math.nan, "NVIDIA A10G, NVIDIA H100 80GB HBM3 MIG 3g.40gb, NVIDIA GeForce RTX 4090 Laptop GPU"),
-    (1307.4, "AMD Instinct MI300X"),
-])  # fmt: skip
-def test_peak_flops_by_name(monkeypatch, names, teraflops):
-    for name in names.split(", "):
+def test_peak_flops_by_name(monkeypatch):
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 80GB HBM3 MIG 3g.40gb": math.nan}
+    for name, flops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, name=name: name)
-        assert train.peak_flops(torch.device("cuda")) == pytest.approx(teraflops * 1e12, nan_ok=True), name
+        assert train.peak_flops(torch.device("cuda")) == pytest.approx(flops, nan_ok=True)
+        assert math.isnan(train.peak_flops(torch.device("mps")))
 
 
 IMPORT = """
@@ -408,22 +389,22 @@ assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == be
 
 BEFORE_TORCH = """
 import os, sys
+names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+for name in names:
+    os.environ[name] or os.environ.pop(name)
 class Watch:
     def find_spec(name, *_):
         if name == "torch":
-            sys.exit(" ".join(os.environ.get(f"PYTORCH_{kind}ALLOC_CONF", "") for kind in ("", "CUDA_")))
+            sys.exit(" ".join(os.environ.get(name, "") for name in names))
 sys.meta_path.insert(0, Watch)
 import train
 """
 
 
-def test_the_allocators_settings_are_made_before_pytorch_is_imported():
-    clean = dict(PYTORCH_ALLOC_CONF="", PYTORCH_CUDA_ALLOC_CONF="")
-    start = "import os; [os.environ.pop(name) for name in " + repr(list(clean)) + "]\n"
-    assert run_python("-c", start + BEFORE_TORCH, **clean).stderr.split() == 2 * ["expandable_segments:True"]
-    clean["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:64"  # the user's own
-    start = "import os; os.environ.pop('PYTORCH_ALLOC_CONF')\n"
-    assert run_python("-c", start + BEFORE_TORCH, **clean).stderr.split() == 2 * ["max_split_size_mb:64"]
+@pytest.mark.parametrize("own, wanted", [("", "expandable_segments:True"), ("max_split_size_mb:64",) * 2])
+def test_the_allocators_settings_are_made_before_pytorch_is_imported(own, wanted):
+    done = run_python("-c", BEFORE_TORCH, PYTORCH_ALLOC_CONF="", PYTORCH_CUDA_ALLOC_CONF=own)
+    assert done.stderr.split() == [wanted, wanted]
 
 
 def test_importing_does_nothing(tmp_path):
