@@ -110,9 +110,7 @@ class Clone:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("night")
-    made = run_python(
-        "prepare.py", f"--corpus={corpus}", *SMALL, "--time-budget=1", "--eval-tokens=1024", cache=folder / "cache"
-    )
+    made = run_python("prepare.py", f"--corpus={corpus}", *SMALL, "--eval-tokens=1024", cache=folder / "cache")
     assert made.returncode == 0, made.stderr
     return Clone(folder / "clone", folder / "cache")
 

@@ -273,6 +273,7 @@ def test_every_fault_through_slurm(tmp_path, slurm, monkeypatch, capsys):
     slurm.run("scancel", jobs(night)["5"])
     os.kill(parent(night.pid(6)), signal.SIGKILL)
     os.kill(night.pid(7), signal.SIGKILL)
+    night.wait(lambda: not Path(f"/proc/{night.pid(5)}").exists())  # else it may end by itself
     (night.folder / ".waves/go").touch()
     night.wait(lambda: not night.alive())
     assert night.waiting(capsys) == [5, 6, 8]
