@@ -310,7 +310,7 @@ def test_everything_that_a_run_compiles(chip, scale, tmp_path):
     print(f"\n{CHIPS[chip][0]}: {len(found['binaries'])} binaries", *table, sep="\n")
     assert found["graphs"] > 3 and found["new_graphs"] == 0, "the second model was compiled anew"
     assert not found["breaks"]
-    assert len(found["binaries"]) > 100 and found["binaries"][0][0] > 48 * 2**10  # FlexAttention needs more than that
+    assert len(found["binaries"]) > 100 and found["binaries"][0][0] > 40 * 2**10  # FlexAttention's are among them
     assert found["binaries"][0][0] <= CHIPS[chip][1], found["binaries"][:5]
 
 
