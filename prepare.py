@@ -616,6 +616,12 @@ def default_scale(device):
 
 def check_gpu(device, scale):
     """Raises PrepareError if this GPU can't do what a run of this scale needs."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        oldest = min(map(int, re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))), default=0)
+        if 10 * major + minor < oldest:
+            text = f"PyTorch has no kernels for {device_name()}: its compute capability is under {oldest / 10}"
+            raise PrepareError(f"{text}: install an older PyTorch, or use the CPU with DEVICE=cpu")
     if scale == "full" and device.type != "cpu" and not bfloat16_works(device):
         text = f"scale full needs a CUDA GPU of compute capability 8 or more, this is {device_name()}"
         raise PrepareError(f"{text}: `uv run prepare.py --scale desktop`", 2)

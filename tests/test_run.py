@@ -259,6 +259,7 @@ def start_run_at(scale, monkeypatch):
     "capability, scale, message",
     [
         ((7, 5), "full", "scale full needs .* this is GPU, torch .* --scale desktop"),
+        ((6, 1), "desktop", r"no kernels for .* compute capability is under 7\.0.* DEVICE=cpu"),
     ],
 )
 def test_a_gpu_that_is_too_old_is_refused_in_one_line(cache, gpu, monkeypatch, capsys, capability, scale, message):
