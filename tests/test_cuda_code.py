@@ -81,8 +81,9 @@ def pretend(chip):
         subprocess.run(["c++", source, "-o", library, *options], check=True)
         ctypes.CDLL(str(library))
     major, minor = map(int, chip.split("."))
-    _, shared, multiprocessors = CHIPS[chip]
+    name, shared, multiprocessors = CHIPS[chip]
     properties = SimpleNamespace(
+        name=name,
         major=major,
         minor=minor,
         multi_processor_count=multiprocessors,
@@ -159,7 +160,7 @@ class Compiler:
     def __call__(self, gm, inputs):
         from torch._inductor.compile_fx import compile_fx
 
-        torch._guards.TracingContext.get().fake_mode = inputs[0].fake_mode  # Dynamo has made one of its own
+        torch._guards.TracingContext.get().fake_mode = self.fake_mode  # Dynamo has made one of its own
         return compile_fx(gm, inputs, inner_compile=self.compile_graph)
 
     def compile_graph(self, gm, inputs, **options):
@@ -244,7 +245,7 @@ def main(chip, scale):
         return "norms, rotary, residuals, embeddings" if max(channels, default=0) >= 1 else "optimizer"
 
     compiler = Compiler(stage)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as compiler.fake_mode:
         attention = train.flex_attention_for(T, train.window_sizes(config, T), device)
         build = partial(train.Run, config, V, T, device, attention, partial(train.compiler(), backend=compiler))
         assert train.warm_up(build, config, V, T, device) == config.DEVICE_BATCH_SIZE
