@@ -183,7 +183,10 @@ class Compiler:
 
 
 def account(node, stage):
-    """(stage, bytes, operations) of a kernel: each tensor that it reads or writes once, and its matrix products."""
+    """(stage, bytes, operations) of a kernel: each tensor that it reads or writes once, and its matrix products.
+
+    PyTorch counts at most 10^9 elements of a tensor. The logits have 7 % more.
+    """
     origins = {origin for part in node.get_nodes() for origin in part.node.origins if "val" in origin.meta}
     products = [origin for origin in origins if re.search(r"\bb?(add)?b?mm\b", str(origin.target))]
     operations = sum(2 * o.meta["val"].numel() * o.args[-1].meta["val"].size(-2) for o in products)
