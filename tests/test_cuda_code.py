@@ -161,7 +161,7 @@ class Compiler:
     def __call__(self, gm, inputs):
         from torch._inductor.compile_fx import compile_fx
 
-        torch._guards.TracingContext.get().fake_mode = inputs[0].fake_mode  # Dynamo has made one of its own
+        torch._guards.TracingContext.get().fake_mode = self.fake_mode  # Dynamo has made one of its own
         return compile_fx(gm, inputs, inner_compile=self.compile_graph)
 
     def compile_graph(self, gm, inputs, **options):
@@ -184,7 +184,10 @@ class Compiler:
 
 
 def account(node, stage):
-    """(stage, bytes, operations) of a kernel: each tensor that it reads or writes once, and its matrix products."""
+    """(stage, bytes, operations) of a kernel: each tensor that it reads or writes once, and its matrix products.
+
+    PyTorch counts at most 10^9 elements of a tensor. The logits have 7 % more.
+    """
     origins = {origin for part in node.get_nodes() for origin in part.node.origins if "val" in origin.meta}
     products = [origin for origin in origins if re.search(r"\bb?(add)?b?mm\b", str(origin.target))]
     operations = sum(2 * o.meta["val"].numel() * o.args[-1].meta["val"].size(-2) for o in products)
@@ -247,7 +250,7 @@ def main(chip, scale):
         return "norms, rotary, residuals, embeddings" if max(channels, default=0) >= 1 else "optimizer"
 
     compiler = Compiler(stage)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as compiler.fake_mode:
         attention = train.flex_attention_for(T, train.window_sizes(config, T), device)
         build = partial(train.Run, config, V, T, device, attention, partial(train.compiler(), backend=compiler))
         assert train.warm_up(build, config, V, T, device) == config.DEVICE_BATCH_SIZE

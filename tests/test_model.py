@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from bench_train import bounded_loss
 from conftest import train_step
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -297,6 +298,13 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_logits():
     y = x.roll(-1, 1)
     wanted = -model(x).double().log_softmax(-1).gather(-1, y[..., None]).mean()
     torch.testing.assert_close(model(x, y).double(), wanted, **FLOAT32)
+
+
+def test_the_bounded_loss_of_the_benchmark_is_the_cross_entropy():
+    logits, y = (15 * torch.tanh(torch.randn(48, V))).requires_grad_(), torch.arange(48)
+    losses = bounded_loss(logits, y), F.cross_entropy(logits.double(), y)
+    torch.testing.assert_close(losses[0].double(), losses[1], **FLOAT32)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses), **FLOAT32)
 
 
 # -----------------------------------------------------------------------------
