@@ -431,9 +431,14 @@ def download_shards(names, folder, workers):
             text = f"{folder} has {free / 1e9:.1f} GB free, shards and token files need about {needed / 1e9:.1f} GB"
             raise PrepareError(f"{text}: ask for fewer (--num-shards), or use another disk (AUTORESEARCH_CACHE=/path)")
         endpoint = require_hub()
-        with ThreadPool(min(workers, len(missing))) as pool:  # its threads don't survive Ctrl-C
-            fetched = pool.imap_unordered(fetch, missing)
-            problems = sorted(filter(None, tqdm(fetched, "download", len(missing), unit="shard", disable=None)))
+        bar, done = tqdm(desc="download", total=len(missing), unit="shard", disable=None), 0
+        with bar, ThreadPool(min(workers, len(missing))) as pool:  # its threads don't survive Ctrl-C
+            fetched = [pool.apply_async(fetch, [name]) for name in missing]
+            while done < len(missing):
+                time.sleep(0.1)  # Ctrl-C ends a sleep; a lock that another thread holds may outlast it
+                done = sum(result.ready() for result in fetched)
+                bar.update(done - bar.n)
+            problems = sorted(filter(None, (result.get() for result in fetched)))
         shutil.rmtree(folder / INCOMING, ignore_errors=True)
         if not problems:
             return
