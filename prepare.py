@@ -3,7 +3,7 @@
     uv run prepare.py                     download climbmix, train the tokenizer, tokenize (once per machine)
     uv run prepare.py --corpus source     the same from the Python source on this machine, without a download
     uv run prepare.py --corpus DIR        the same from your own files of text
-    uv run prepare.py decide|record       after a run of a night: is it kept? Then its row in results.tsv (program.md)
+    uv run prepare.py run|decide|record   a night: start a run, is it kept?, its row in results.tsv (program.md)
 
 The data goes one way: corpus files → BPE ranks → token files + manifest → packed batches → bits per byte.
 Nobody edits this file during research: its bytes are part of the fingerprint under which numbers compare.
@@ -14,7 +14,7 @@ import argparse
 import base64
 import contextlib
 import csv
-import faulthandler
+import ctypes
 import fcntl
 import glob
 import gzip
@@ -28,6 +28,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,8 +42,8 @@ from itertools import count, groupby, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-NIGHT = __name__ == "__main__" and sys.argv[1:2] in (["decide"], ["record"])
-if not NIGHT:  # these two commands need none of it, and importing it takes seconds
+NIGHT = __name__ == "__main__" and sys.argv[1:2] in (["run"], ["decide"], ["record"], ["supervise"])
+if not NIGHT:  # these commands need none of it, and importing it takes seconds
     import numpy as np
     import pyarrow.parquet as pq
     import requests
@@ -52,10 +53,6 @@ if not NIGHT:  # these two commands need none of it, and importing it takes seco
     from tqdm import tqdm
 
 IMPORTED_AT = time.monotonic()
-
-for name in ("stdout", "stderr"):
-    if getattr(sys, name) is None:  # closed by `>&-`: what goes there is lost, but the run is not
-        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 # -----------------------------------------------------------------------------
 # Constants
@@ -89,15 +86,10 @@ CAUSALITY_ROWS = 64  # validation rows on which causality is checked, each at a 
 CAUSALITY_ROWS_PER_BATCH = 16  # at most: their logits are kept for the comparison
 CAUSALITY_TOLERANCE = 1e-3  # logits; a smaller leak is worth less than the noise of a seed
 ROWS_PER_LOSS = 8  # rows of logits that are scored in one call: fewer take more calls, more take more memory
-GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before the watchdog ends it
 
 
 class PrepareError(Exception):
     """An error that the user can fix. One line: what was found, what was expected, and the command that fixes it."""
-
-    def __init__(self, message, code=1):
-        super().__init__(message)
-        self.code = code  # exit status: 2 for an impossible option or corpus, else 1
 
 
 class EvaluationError(Exception):
@@ -150,14 +142,19 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, facts):
+    with atomic_write(path) as f:
+        f.write(json.dumps(facts, indent=1).encode())
+
+
 @contextlib.contextmanager
 def cache_lock(cache):
-    """Lets one prepare.py at a time work in a cache. The lock ends with its process, also after kill -9."""
+    """Lets one prepare.py at a time work in a folder. The lock ends with its process, also after kill -9."""
     with open(cache / ".autoresearch-lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("another prepare.py is at work in this cache: waiting for it to end", flush=True)
+            print("another prepare.py is at work: waiting for it to end", flush=True)
             fcntl.flock(f, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks
@@ -222,8 +219,7 @@ VAL_NAME = re.compile(r"(?i)(?<![a-z])(val|valid|validation|dev|test)(?![a-z])")
 class Corpus:
     """Files of training and of validation text in reading order, and how they are read.
 
-    If both are the same files, the last VAL_SHARE of the characters is validation. A document goes to one side whole,
-    unless it holds more than 1 % of the text: then each of its pieces does.
+    If both are the same files, the last VAL_SHARE of the characters is validation: one document at most is divided.
     """
 
     def __init__(self, train, val, note, column="text", length=DOCUMENT_CHARS):
@@ -243,12 +239,11 @@ class Corpus:
         """Yields the documents (str) of a split, none of them empty. Raises PrepareError for a file of no use."""
         start = 0
         for text in read_texts(self.paths[split], self.column):
-            long = self.shared and len(text) > 0.01 * self.chars
-            for part in cut(text, self.length) if long else [text]:
-                side = "val" if self.shared and start >= (1 - VAL_SHARE) * self.chars else "train"
-                if side == split or not self.shared:
-                    yield from filter(str.strip, cut(part, self.length))
-                start += len(part)
+            for piece in cut(text, self.length):
+                side = ("val" if start >= (1 - VAL_SHARE) * self.chars else "train") if self.shared else split
+                if side == split and piece.strip():
+                    yield piece
+                start += len(piece)
 
 
 def cut(text, length):
@@ -270,7 +265,7 @@ def read_texts(paths, column):
                 number += 1
         except Exception as error:  # of many kinds: every format has a library of its own
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise PrepareError(f"{path} can't be used (row {number}: {reason}): fix or remove it", 2) from error
+            raise PrepareError(f"{path} can't be used (row {number}: {reason}): fix or remove it") from error
 
 
 def read_rows(path, column):
@@ -298,32 +293,28 @@ def read_rows(path, column):
             yield {column: rest}
 
 
-def hash_order(name):
-    return hashlib.sha256(str(name).encode()).digest()
-
-
 def source_corpus():
     """The Python source on this machine: `.py` files of the standard library and of installed packages.
 
     Whole packages are taken for validation, in the order of a hash of their name, up to 5 % of the bytes. Files come
     in the order of a hash too, so that a short run sees something of every package.
     """
-    packages = defaultdict(dict)  # package -> {path below its root: path}
+    packages = defaultdict(dict)  # package -> {name below its root: path}
     for root in dict.fromkeys(Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")):
         for path in root.rglob("*.py"):
             name = path.relative_to(root)
             # site-packages may lie inside the standard library's folder, but is a root of its own
             if path.is_file() and not {"site-packages", "dist-packages"} & set(name.parts):
-                packages[name.parts[0].removesuffix(".py")][name] = path
+                packages[name.parts[0].removesuffix(".py")][str(name)] = path
     sizes = {package: sum(path.stat().st_size for path in files.values()) for package, files in packages.items()}
     room, train, val = VAL_SHARE * sum(sizes.values()), {}, {}
-    for package in sorted(packages, key=hash_order):
+    for package in sorted(packages, key=cache_key):
         if 0 < sizes[package] <= room:
             val.update(packages[package])
             room -= sizes[package]
         else:
             train.update(packages[package])
-    train, val = ([side[name] for name in sorted(side, key=hash_order)] for side in (train, val))
+    train, val = ([side[name] for name in sorted(side, key=cache_key)] for side in (train, val))
     return Corpus(train, val, f"Python source: {len(train):,} files, validation {len(val):,} files of other packages")
 
 
@@ -331,10 +322,12 @@ def own_corpus(path, column, length=DOCUMENT_CHARS):
     """The user's own file, or those of a folder, sub-folders included; part-2 is read before part-10."""
     found = [name for name in glob.glob("**", root_dir=path, recursive=True) or ["."] if (path / name).is_file()]
     found.sort(key=lambda name: (re.sub(r"\d+", lambda number: number[0].zfill(20), name), name))
+    found = {os.path.realpath(path / name): name for name in reversed(found)}.values()  # once, whatever links there are
+    found = [*found][::-1]
     names = [name for name in found if str(path / name).lower().removesuffix(".gz").endswith(KINDS)]
     if not names:
         seen = ", ".join(sorted({(path / name).suffix or (path / name).name for name in found})[:8]) or "nothing"
-        raise PrepareError(f"--corpus {path} needs files of {', '.join(KINDS)}, gzipped or not; there is: {seen}", 2)
+        raise PrepareError(f"--corpus {path} needs files of {', '.join(KINDS)}, gzipped or not; there is: {seen}")
     train, val = ([path / name for name in names if bool(VAL_NAME.search(name)) == side] for side in (False, True))
     note = f"{len(train):,} file(s) for training, {len(val):,} for validation"
     if not train or not val:
@@ -393,18 +386,21 @@ def failure_reason(error):
 
 
 def fetch_shard(path, endpoint):
-    """One attempt to have the verified shard under `path`. Raises errors of many kinds."""
-    from huggingface_hub import hf_hub_download
+    """One attempt to have the verified shard under `path`. Returns None, or why it could not be fetched."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    # In its own cache the library names each blob by the sha256 that the hub announces. It compares only the lengths.
-    options = dict(repo_type="dataset", endpoint=endpoint, cache_dir=path.parent / INCOMING)
-    blob = Path(hf_hub_download(REPO, path.name, **options)).resolve()
-    if checksum(blob) != blob.name:
-        blob.unlink()
-        raise ValueError("its sha256 is not the one that the hub names; a bad mirror or proxy?")
-    with open(blob, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(blob, path)
+    where = dict(repo_type="dataset", endpoint=endpoint)
+    try:
+        announced = get_hf_file_metadata(hf_hub_url(REPO, path.name, **where)).etag  # the library compares only lengths
+        file = hf_hub_download(REPO, path.name, local_dir=path.parent / INCOMING, **where)
+        if checksum(file) != announced:
+            os.unlink(file)
+            return f"{path.name} (its sha256 is not the one that the hub names; a bad mirror or proxy?)"
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(file, path)
+    except Exception as error:  # of many kinds
+        return f"{path.name} ({failure_reason(error)})"
 
 
 def download_shards(names, folder, workers):
@@ -413,13 +409,6 @@ def download_shards(names, folder, workers):
 
     disable_progress_bars()
     logging.set_verbosity_error()  # its warnings have signed addresses
-
-    def fetch(name):
-        """Why this shard could not be fetched, or None."""
-        try:
-            return fetch_shard(folder / name, endpoint)
-        except Exception as error:
-            return f"{name} ({failure_reason(error)})"
 
     folder.mkdir(parents=True, exist_ok=True)
     for pause in (*RETRY_PAUSES, None):
@@ -433,7 +422,7 @@ def download_shards(names, folder, workers):
         endpoint = require_hub()
         bar, done = tqdm(desc="download", total=len(missing), unit="shard", disable=None), 0
         with bar, ThreadPool(min(workers, len(missing))) as pool:  # its threads don't survive Ctrl-C
-            fetched = [pool.apply_async(fetch, [name]) for name in missing]
+            fetched = [pool.apply_async(fetch_shard, [folder / name, endpoint]) for name in missing]
             while done < len(missing):
                 time.sleep(0.1)  # Ctrl-C ends a sleep; a lock that another thread holds may outlast it
                 done = sum(result.ready() for result in fetched)
@@ -507,18 +496,12 @@ class Tokenizer:
     def get_bos_token_id(self):
         return self.bos_token_id
 
-    def encode(self, text, prepend=None, num_threads=8):
-        """Ids of a str (list of int) or of a list of str (list of lists). `prepend`: an id or a special token."""
-        if not isinstance(text, str):
-            return [self.encode(part, prepend) for part in text]
-        if isinstance(prepend, str):
-            prepend = self.encoding.encode_single_token(prepend)
-        first = [] if prepend is None else [prepend]
-        return first + [i for piece in split_long_runs(text) for i in self.encoding.encode_ordinary(piece)]
+    def encode(self, text):
+        return [i for piece in split_long_runs(text) for i in self.encoding.encode_ordinary(piece)]
 
     def encode_document(self, text):
         """Token ids of a document after a BOS, uint16 of shape (n + 1,)."""
-        return np.array(self.encode(text, prepend=self.bos_token_id), np.uint16)
+        return np.array([self.bos_token_id, *self.encode(text)], np.uint16)
 
     def decode(self, ids):
         return self.encoding.decode(ids)
@@ -564,18 +547,13 @@ def get_token_bytes(device="cpu"):
 def write_tokens(tokenizer, documents, path):
     """Tokenize on all cores into `path`. Raises PrepareError if there is no text."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those of this job
+    documents = iter(documents)
     with ThreadPoolExecutor(cores) as pool, atomic_write(path) as tokens:
-        for texts in batched(documents, 256 * cores):
+        while texts := list(islice(documents, 256 * cores)):
             for ids in pool.map(tokenizer.encode_document, texts):  # tiktoken releases Python's lock
                 tokens.write(ids.tobytes())
         if tokens.tell() == 0:
-            raise PrepareError("the files hold no text, or too little for a validation part: add text", 2)
-
-
-def batched(items, n):
-    items = iter(items)
-    while group := list(islice(items, n)):
-        yield group
+            raise PrepareError("the files hold no text, or too little for a validation part: add text")
 
 
 @cache
@@ -629,7 +607,7 @@ def check_gpu(device, scale):
             raise PrepareError(f"{text}: install an older PyTorch, or use the CPU with DEVICE=cpu")
     if scale == "full" and device.type != "cpu" and not bfloat16_works(device):
         text = f"scale full needs a CUDA GPU of compute capability 8 or more, this is {device_name()}"
-        raise PrepareError(f"{text}: `uv run prepare.py --scale desktop`", 2)
+        raise PrepareError(f"{text}: `uv run prepare.py --scale desktop`")
 
 
 def missing_gpu(device, scale):
@@ -753,7 +731,7 @@ def batches(tokens, B, T, device):
 
 
 # -----------------------------------------------------------------------------
-# Run: clock, watchdog, seed, report
+# Run: clock, seed, report
 
 
 class Clock:
@@ -817,60 +795,31 @@ def get_seed():
     return int(text)
 
 
-def git(*arguments, tree="."):
-    return subprocess.check_output(["git", "-C", str(tree), *arguments], text=True, stderr=subprocess.PIPE).strip()
-
-
-def find_commit():
-    """(7 characters of the commit that has train.py as it is now, None), or (None, why there is no such commit)."""
-    folder = Path(__file__).parent
-    try:
-        commit = git("rev-parse", "HEAD", tree=folder)
-        changed = git("status", "--porcelain", "--ignored", "--", "train.py", tree=folder)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return None, " ".join((getattr(error, "stderr", None) or str(error)).split())  # git names the remedy
-    return (None, "train.py differs from its commit") if changed else (commit[:7], None)
-
-
-run_commit = None, "the run did not call start_run()"  # find_commit() at the start: later edits are not this run's
-
-
 def start_run():
-    """Begin a run: check and open the cache, set all seeds and the watchdog. Returns the device.
+    """Begin a run: check and open the cache, set all seeds. Returns the device.
 
     Raises PrepareError before anything has been computed.
     """
-    global run_commit
     device, scale = get_device(), constants()["SCALE"]
     check_gpu(device, scale)
     if scale != "laptop" and (problem := missing_gpu(device, scale)):
         raise PrepareError(f"{problem}. To run on the CPU nevertheless: `DEVICE=cpu uv run train.py`")
-    # The watchdog is a thread of C, so it also ends a process that hangs in a kernel or a lock.
-    limit, stderr = constants()["TIME_BUDGET"] + GRACE, sys.__stderr__ or sys.stderr
-    faulthandler.dump_traceback_later(limit, exit=True, file=stderr)
-    with contextlib.suppress(OSError):  # stdout is no file
-        fcntl.flock(sys.stdout, fcntl.LOCK_SH | fcntl.LOCK_NB)  # `decide` sees by it that this run is alive
     for split in ("train", "val"):
         read_tokens(split)  # open from now on: another prepare.py can't take the files away
     get_token_bytes()
     random.seed(get_seed())
     np.random.seed(get_seed())
     torch.manual_seed(get_seed())  # on every device
-    run_commit = find_commit()
     return device
 
 
 def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, attention):
-    """Print the block that every tool greps. The harness adds what it knows itself. The run is over after it."""
-    faulthandler.cancel_dump_traceback_later()
-    memory, (commit, problem) = peak_memory_mb(), run_commit
-    problems = [problem, clock.problem()]
-    for generator in (torch, torch.cuda) if get_device().type == "cuda" else (torch,):
-        if (seed := generator.initial_seed()) != get_seed():
-            problems.append(f"train.py set torch's seed to {seed}, the harness set it to SEED={get_seed()}")
-    for problem in filter(None, problems):
-        print(f"warning: no commit stands for this run: {problem}")
-        commit = None
+    """Print the block that every tool greps. The harness adds what it knows itself. `run` finds it in run.json too."""
+    memory, seed = peak_memory_mb(), torch.initial_seed()
+    other = seed != get_seed() and f"train.py set torch's seed to {seed}, the harness set it to SEED={get_seed()}"
+    problems = [problem for problem in (clock.problem(), other) if problem]
+    for problem in problems:
+        print(f"warning: this number does not count: {problem}")
     lines = {
         "val_bpb": f"{val_bpb:.6f}",
         "training_seconds": f"{clock.seconds():.1f}",
@@ -885,12 +834,14 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, 
         "attention": attention,
         "device": device_name(),
         "harness": fingerprint(),
-        "row": f"{commit or '-------'}\t{val_bpb:.6f}\t{memory / 1024:.1f}",
     }
     print("---")
     for name, value in lines.items():
         print(f"{name + ':':<18}{value}")
     sys.stdout.flush()
+    if name := os.environ.get("AUTORESEARCH_RUN"):  # the harness started this run and waits for its number
+        facts = {**lines, "memory_gb": f"{memory / 1024:.1f}", "problems": problems}
+        write_json(Path(name), {**json.loads(Path(name).read_bytes()), "report": facts})
 
 
 # -----------------------------------------------------------------------------
@@ -1020,13 +971,209 @@ def check_causality(model, x, row_ids, ref_logits, V, rng):
 
 
 # -----------------------------------------------------------------------------
+# Night: a run is started and watched over by prepare.py. Its result is run.json, beside run.log
+
+GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before it is ended
+BEAT, WATCH = 3, 15  # seconds between two signs of life of a run; seconds without one after which it was cut off
+BASELINES = 3  # runs of the baseline before the first idea, at least; with several GPUs one more
+CHECK_SEEDS = (100, 101, 102)  # seeds that had no part in the choice of what was kept
+ERROR = re.compile(r"Fatal Python error|train\.py: error|[\w.]*(Error|Exception|Interrupt)\b")
+
+
+def git(*arguments, tree=".", text=None):
+    """What git prints. The user's settings and locale change nothing in it."""
+    settings = ["-c", "log.showSignature=false", "-c", "i18n.logOutputEncoding=UTF-8"]
+    options = dict(encoding="utf-8", errors="replace", stderr=subprocess.PIPE, stdout=subprocess.PIPE, check=True)
+    return subprocess.run(["git", "-C", str(tree), *settings, *arguments], input=text, **options).stdout.strip()
+
+
+def open_night():
+    """(branch, trees, rows): the trees are the worktrees in .waves, or the clone alone. Raises PrepareError."""
+    branch = git("branch", "--show-current")
+    if not branch.startswith("autoresearch/"):
+        raise PrepareError(f"a night has a branch autoresearch/…, this is {branch or 'none'}: git switch to it")
+    waves = [path.parent for path in Path(".waves").glob("[0-9]*/.git")]
+    trees = sorted(waves, key=lambda tree: (len(tree.name), tree)) or [Path()]  # 10 after 9
+    return branch, trees, read_results(Path("results.tsv"), branch)
+
+
+def find_idea(tree, head):
+    """The last commit after `head` that changes train.py, or "". What the human commits in the night is no idea."""
+    changed = git("diff", "--name-only", head, "HEAD", "--", "train.py", tree=tree)
+    return changed and git("log", "-1", "--format=%H", f"{head}..", "--", "train.py", tree=tree)
+
+
+def check_idea(idea, head):
+    """Raises PrepareError for an idea that is not one commit on top of the head, which changes train.py alone."""
+    if git("diff", "--name-only", head, f"{idea}~1", "--", "train.py"):
+        raise PrepareError(f"{idea[:7]} must be one commit on top of {head[:7]}: make it that, and run it again")
+    if git("diff", "--name-only", f"{idea}~1", idea, "--", ".", ":!train.py"):
+        raise PrepareError(f"{idea[:7]} changes more than train.py: take that back with git commit --amend")
+
+
+def plan_runs(trees, rows, check=False):
+    """{tree: (commit, kind, seed)} of the runs that the night needs now. Raises PrepareError for an impossible idea.
+
+    Baseline and check need several seeds: the first tree takes the first one that has no row, the second tree the
+    second. So every job of a cluster finds its own without a word from the others, and the same one if it starts again.
+    """
+    kept, ran = kept_commits(rows) or ["HEAD"], recorded(rows)
+    base, head = git("rev-parse", kept[0], kept[-1]).split()
+    if check:
+        jobs = [(commit, "check", seed) for seed in CHECK_SEEDS for commit in dict.fromkeys([base, head])]
+    elif base == head and len(rows) < BASELINES + (len(trees) > 1):
+        jobs = [(base, "baseline", seed) for seed in range(len(rows) + len(trees))]
+    else:
+        plan = {}
+        for tree in trees:
+            idea = find_idea(tree, head)
+            if idea and (idea[:7], 0) not in ran and (idea, "idea", 0) not in plan.values():
+                check_idea(idea, head)
+                plan[tree] = idea, "idea", 0
+        return plan
+    return dict(zip(trees, [job for job in jobs if (job[0][:7], job[2]) not in ran]))
+
+
+def read_run(tree):
+    """(what run.json of a tree says, the time of its last sign of life), or ({}, 0) without one."""
+    try:
+        with open(tree / "run.json", "rb") as f:  # opening it asks a network disk for its time of now
+            return json.load(f), os.fstat(f.fileno()).st_mtime_ns
+    except (FileNotFoundError, ValueError):
+        return {}, 0
+
+
+def is_new(run, job, branch, rows):
+    """Whether run.json is of the run that its tree is for, or of a check that has no row yet."""
+    if run.get("branch") != branch:  # none, or of another night
+        return False
+    commit, kind, seed = run["commit"], run["kind"], run["seed"]
+    return job == (commit, kind, seed) or (kind == "check" and (commit[:7], seed) not in recorded(rows))
+
+
+def find_quiet(trees):
+    """{tree: time of its last sign of life} of the trees in which no run lives: only that the time stands still counts.
+
+    So no clock and no lock of another machine is trusted. Takes WATCH seconds if a run was cut off.
+    """
+    runs, deadline = {tree: read_run(tree) for tree in trees}, time.monotonic() + WATCH
+    quiet = {tree: sign for tree, (_, sign) in runs.items()}
+    unsure = {tree for tree, (run, _) in runs.items() if run and "exit" not in run}
+    while unsure & quiet.keys() and time.monotonic() < deadline:
+        time.sleep(0.5)
+        quiet = {tree: sign for tree, sign in quiet.items() if read_run(tree)[1] == sign}
+    return quiet
+
+
+def run(*words):
+    """Start what the night needs next, in the background: a run in the clone, or one in each worktree.
+
+    `run 2` is worktree 2 alone, in the foreground: a job of Slurm. `run check`: baseline and branch on fresh seeds.
+    `run again`: what has ended too. Returns the exit status. Raises PrepareError if there is nothing to start.
+    """
+    numbers = [word for word in words if word.isdecimal()]
+    if {*words} - {"check", "again", *numbers[:1]}:
+        raise PrepareError("it is `prepare.py run`, `run check` or `run again`, and the number of a worktree at most")
+    load_manifest(cache_dir())  # if nothing is prepared, this says so
+    chosen = [tree for tree in open_night()[1] if tree.name in (numbers or [tree.name])]
+    quiet, started, problems = find_quiet(chosen), [], []
+    with one_at_a_time():
+        branch, trees, rows = open_night()
+        plan = plan_runs(trees, rows, "check" in words)
+        for tree in chosen:
+            job, (before, sign) = plan.get(tree), read_run(tree)
+            if sign != quiet.get(tree):
+                problems.insert(0, f"{tree / 'run.json'}: a run is going on: `uv run prepare.py decide` waits for it")
+            elif is_new(before, job, branch, rows) and "exit" in before and "again" not in words:
+                problems.append(f"the run of {before['commit'][:7]} has ended: `uv run prepare.py record`")
+            elif (not job or job[1] == "idea") and git("status", "--porcelain", "-uno", "--", "train.py", tree=tree):
+                problems.append(f"{tree / 'train.py'} has changes without a commit: git commit it first")
+            elif job:
+                begin(tree, job, branch)
+                started.append(tree)
+    if not started:
+        raise PrepareError([*problems, "nothing new to run: commit an idea (for a check: `run check`)"][0])
+    if numbers:
+        return supervise(*started)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(trees))))).split(",")
+    for tree in started:
+        gpu = {} if trees == [Path()] else {"CUDA_VISIBLE_DEVICES": "".join(gpus[trees.index(tree) :][:1])}
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        command = [sys.executable, __file__, "supervise", str(tree)]
+        subprocess.Popen(command, env={**os.environ, **gpu}, start_new_session=True, **streams)
+    return 0
+
+
+def begin(tree, job, branch):
+    """Write the files of a run. What runs is a copy of the commit, so nobody edits it meanwhile."""
+    commit, kind, seed = job
+    (tree / "run.py").write_text(git("show", f"{commit}:./train.py", tree=tree), encoding="utf-8")
+    (tree / "run.log").unlink(missing_ok=True)  # a process that an earlier run left behind writes on into the old one
+    facts = {"commit": commit, "kind": kind, "seed": seed, "branch": branch, "started": time.strftime("%F %T")}
+    write_json(tree / "run.json", facts)
+    print(f"started {name_of(tree, *job)}", flush=True)
+
+
+def name_of(tree, commit, kind, seed):
+    return f"{'' if tree == Path() else f'{tree}: '}{kind} {commit[:7]}, seed {seed}"
+
+
+def supervise(tree):
+    """Run run.py to its end, and renew the time of run.json meanwhile. Then write into it how the run ended.
+
+    Who ends the supervisor ends the run too, and nothing is written: such a run was cut off.
+    """
+    path, log = tree / "run.json", tree / "run.log"
+    limit = load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
+    env = {**os.environ, "SEED": str(read_run(tree)[0]["seed"]), "AUTORESEARCH_RUN": str(path.resolve())}
+    env |= {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
+    options = dict(cwd=tree, env=env, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with open(log, "xb") as output:
+        process = subprocess.Popen([sys.executable, "run.py"], stdout=output, stderr=output, **options)
+        os.dup2(output.fileno(), 2)  # a fault of the supervisor itself is read there too
+    try:
+        deadline = time.monotonic() + limit
+        while process.poll() is None and time.monotonic() < deadline:
+            os.utime(path)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(BEAT)
+        reason = "" if process.poll() is not None else f"it hung: ended by the harness after {limit} s"
+        process.send_signal(signal.SIGABRT)  # Python prints where it hangs; nothing happens to what has ended
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(BEAT)
+        if process.returncode == -signal.SIGTERM:
+            time.sleep(2)  # a cluster ends the whole job: the next signal is ours
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+    status = process.wait()
+    write_json(path, {**read_run(tree)[0], "exit": status, "reason": reason or last_words(log, status)})
+    return 0
+
+
+def end_with_parent():
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a run that was cut off leaves nothing behind
+
+
+def last_words(log, status=0):
+    """The last line of a log that looks like an error, else the last line; of a run that was killed, the signal too."""
+    text = log.read_text(encoding="utf-8", errors="replace")[-20_000:] if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    errors = [line for line in lines if ERROR.match(line)] if status else []
+    killed = f"killed by {signal.Signals(-status).name}: " if status < 0 and not errors else ""
+    return one_line(killed + (errors or lines)[-1])
+
+
+# -----------------------------------------------------------------------------
 # Night: results.tsv, and the rule that says which run is kept. program.md says when to call it
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 KEEP_MARGIN = 1.5  # standard deviations of the baseline by which an idea must be better
 KEEP_WAVES = 50  # waves without a keep after which the margin is 0: a kept number is partly luck
 DESCRIPTION = re.compile(r"(?:wave (?P<wave>\d+): )?(?:(?P<simpler>simpler)|(?:baseline|check), seed (?P<seed>\d+))?")
-DECIDE_WAIT = 45  # seconds that `decide` waits for runs: many agents' shells end a command after a minute
+DECIDE_WAIT = 40  # seconds that `decide` waits for runs: many agents' shells end a command after a minute
 
 
 def bars(rows):
@@ -1070,10 +1217,14 @@ def bars(rows):
     return found, head, margin, n
 
 
-def read_results(table):
-    """The rows of results.tsv, five str each. Raises PrepareError for a line that is no row."""
-    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
-    rows = [line.split("\t", 4) for line in lines if line != HEADER]
+def read_results(table, branch):
+    """The rows of results.tsv, or if it is lost of the notes in git, five str each. Raises PrepareError."""
+    lines = table.read_text(encoding="utf-8-sig", errors="replace").splitlines() if table.exists() else []
+    commits = [] if table.exists() else git("notes", f"--ref={branch}", "list").split()[1::2]
+    if commits:  # a line of a note is a row with its number in front
+        notes = git("log", "--no-walk", f"--notes={branch}", "--format=%N", *commits).splitlines()
+        lines = [note.partition("\t")[2] for note in sorted(filter(None, notes), key=lambda note: int(note.split()[0]))]
+    rows = [line.split("\t", 4) for line in lines if line.strip() not in (HEADER, "")]
     for row in rows:
         if len(row) != 5 or not re.fullmatch(r"\d+\.\d+", row[1]):
             raise PrepareError(f"{table} has a line that is no row, mend it by hand: {one_line(' '.join(row))}")
@@ -1090,77 +1241,76 @@ def kept_commits(rows):
     return list(dict.fromkeys(commit for commit, _, _, status, _ in rows if status == "keep"))
 
 
-def is_written(log):
-    """Whether the run of this log is alive: it holds a lock on the file, which ends with its process."""
-    try:
-        with open(log, "a") as f:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
+def recorded(rows):
+    """{(commit, seed)} of the rows. An idea has the seed 0."""
+    return {(row[0], int(DESCRIPTION.match(row[4])["seed"] or 0)) for row in rows}
 
 
-def new_row(tree, rows):
-    """What the run in a tree (the clone or a worktree) adds to `rows`: a row (five str), None, or a str: why to wait.
-
-    Its run.log begins with the commit and ends with `exit: …`. Raises PrepareError.
-    """
-    commit, path = git("rev-parse", "HEAD", tree=tree)[:7], tree / "run.log"
-    kept = kept_commits(rows) or [commit]  # the first run is one of the baseline
-    log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = [line for line in log.splitlines() if line.strip()] or [""]
-    if not lines[0].startswith(commit):
-        is_new = not rows or git("diff", "--name-only", kept[-1], commit, "--", "train.py", tree=tree)
-        return f"{path} has no run of {commit}" if is_new else None
-    if not lines[-1].startswith("exit: "):
-        state = "" if is_written(path) else "was cut off, start it again: "
-        return f"{path}: {state}{one_line(lines[-1])}"
-    block = dict(re.findall(r"^(\w+): +(.+)", log.rpartition("\n---\n")[2], re.MULTILINE))
-    number = re.fullmatch(rf"{commit}\t\d+\.\d+\t\S+", block.get("row", ""))
-    if commit in kept and not number:
-        raise PrepareError(f"{path}: a run of {commit} must have a number: find out why it has none, run it again")
-    seed = block.get("seed", "0")  # a crash says none
-    if seed in (DESCRIPTION.match(row[4])["seed"] or "0" for row in rows if row[0] == commit):
-        return None
-    if commit in kept:
-        kind = "check" if any(row[0] != commit for row in rows) else "baseline"
-        return [*block["row"].split("\t"), "keep", f"{kind}, seed {seed}, {block['num_steps']} steps"]
-    if seed != "0":
-        raise PrepareError(f"{path}: an idea has the seed 0, this run had {seed}: run it again")
-    if git("diff", "--name-only", kept[-1], f"{commit}~1", "--", "train.py", tree=tree):
-        raise PrepareError(f"{commit} must be one commit on top of {kept[-1]}: make it that, and run it again")
-    idea = one_line(git("log", "-1", "--format=%s", commit, tree=tree))
-    if number:
-        return [*block["row"].split("\t"), "discard", f"{idea}, {block['num_steps']} steps"]
-    reasons = [*re.findall("^warning: no commit stands for this run: (.+)", log, re.MULTILINE), lines[-2]]
-    return [commit, "0.000000", "0.0", "crash", f"{idea}: {one_line(reasons[0])}"]
-
-
-def decide(command, veto=""):
-    """`decide`: wait for the runs, and say what becomes of them. `record`: write their rows too, and move the branch.
-
-    `record discard` keeps nothing. Returns the exit status. Raises PrepareError, or CalledProcessError of git.
-    """
-    if (command, veto) not in (("decide", ""), ("record", ""), ("record", "discard")):
-        raise PrepareError("the commands of a night are `prepare.py decide`, `record` and `record discard`", 2)
-    table, branch = Path("results.tsv"), git("branch", "--show-current")
-    rows = read_results(table)
-    checks = not branch and git("rev-parse", "HEAD")[:7] in kept_commits(rows)  # HEAD is detached for a check
-    if not branch.startswith("autoresearch/") and not checks:
-        raise PrepareError(f"a night has a branch autoresearch/…, this is {branch or 'none'}: git switch to it", 2)
-    worktrees = sorted(path.parent for path in Path(".waves").glob("[0-9]*/.git"))
-    trees, deadline = worktrees or [Path()], time.monotonic() + DECIDE_WAIT
+def wait_for_runs(branch, trees, rows):
+    """The runs that have no row yet, or None if some have not ended: it has said which."""
+    plan, quiet, deadline = plan_runs(trees, rows), None, time.monotonic() + DECIDE_WAIT
     while True:
-        found = [new_row(tree, rows) for tree in trees]
-        waiting = [(reason, str(tree)) for reason, tree in zip(found, trees) if isinstance(reason, str)]
-        if not waiting or time.monotonic() > deadline:
-            break
-        time.sleep(1)
-    if waiting:
-        print(f"not ended: {waiting[0][0]}", *(tree for _, tree in waiting[1:]), sep=", ")
-        return int(command == "record")
-    new = [row for row in found if row]
-    if worktrees:
+        ended, waiting, going_on = [], [], trees != [Path()]  # a job may be in Slurm's queue
+        for tree in trees:
+            job, run = plan.get(tree), read_run(tree)[0]
+            if not is_new(run, job, branch, rows):
+                if job:
+                    waiting.append(f"{name_of(tree, *job)} has not run: `uv run prepare.py run`")
+                continue
+            name = name_of(tree, run["commit"], run["kind"], run["seed"])
+            if "exit" in run:
+                ended.append(run)
+            elif quiet is not None and tree in quiet:
+                text = f"{name} was cut off: `uv run prepare.py run` again"
+                waiting.append(f"{text} (its last line: {last_words(tree / 'run.log')})")
+            else:
+                going_on = True
+                waiting.append(f"{name}: {last_words(tree / 'run.log')}")
+        if not waiting:
+            return ended
+        if not going_on or time.monotonic() > deadline:
+            print("not ended:", *waiting, sep="\n  ")
+            return None
+        if quiet is None:
+            print(f"waits at most {DECIDE_WAIT} s: {waiting[0]}", flush=True)
+        quiet = find_quiet(trees)
+        time.sleep(0.5)
+
+
+def new_row(run, rows):
+    """The row of a run that has ended, five str. An idea is discarded until `decide` compares it with the others.
+
+    Raises PrepareError for a baseline without a number, and for another harness than the baseline's.
+    """
+    commit, kind, report = run["commit"][:7], run["kind"], run.get("report", {"problems": [run["reason"]]})
+    subject = one_line(git("log", "-1", "--format=%s", commit)) if kind == "idea" else f"{kind}, seed {run['seed']}"
+    if report["problems"]:
+        if kind != "idea":
+            raise PrepareError(f"{subject} of {commit} has no number: {report['problems'][0]}: mend that, `run again`")
+        return [commit, "0.000000", "0.0", "crash", f"{subject}: {one_line(report['problems'][0])}"]
+    harness, status = f"harness {report['harness']}", "discard" if kind == "idea" else "keep"
+    if kind == "baseline":
+        subject += f", {harness}, {report['attention']}"
+    if rows and "harness" in rows[0][4] and harness not in rows[0][4]:
+        text = f"{commit} ran with {harness}, but {rows[0][4]}: prepare as for the baseline"
+        raise PrepareError(f"{text}, then `uv run prepare.py run again`")
+    return [commit, report["val_bpb"], report["memory_gb"], status, f"{subject}, {report['num_steps']} steps"]
+
+
+def decide(record=False, veto=False):
+    """Wait for the runs, and say what becomes of them. `record`: write their rows too, and move the branch.
+
+    `veto` keeps nothing. Returns the exit status. Raises PrepareError, or CalledProcessError of git.
+    """
+    branch, trees, rows = open_night()
+    runs = wait_for_runs(branch, trees, rows)
+    if runs is None:
+        return int(record)
+    new = []
+    for run in runs:
+        new.append(new_row(run, rows + new))
+        say_if_odd(run.get("report", {}), rows, new[-1][0])
+    if trees != [Path()]:
         wave = 1 + max((int(DESCRIPTION.match(row[4])["wave"] or 0) for row in rows), default=0)
         for row in new:
             row[4] = f"wave {wave}: {row[4]}"
@@ -1170,8 +1320,6 @@ def decide(command, veto=""):
     if not math.isnan(head):
         bar = f"keep below {head - margin * (1 - n / KEEP_WAVES):.6f}, simpler code below {head + margin:.6f}"
         print(f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}")
-    elif any(row[3] != "keep" for row in new):
-        raise PrepareError(f"an idea needs three runs of the baseline: git switch --detach {rows[0][0]}, run it first")
     passed = [row for row, limit in zip(new, limits) if row[3] == "discard" and float(row[1]) < limit]
     passed.sort(key=lambda row: float(row[1]))
     if passed and not veto:
@@ -1180,30 +1328,71 @@ def decide(command, veto=""):
         print("\t".join(row))
     if passed[1:]:
         print("one of the next ideas, on the new head:", *(f"tried/{row[0]}" for row in passed[1:]))
-    if command == "record":
-        for tree in [Path(), *worktrees]:
-            if git("status", "--porcelain", "--untracked-files=no", "--", "train.py", tree=tree):
-                path = tree / "train.py"
-                raise PrepareError(f"{path} has changes without a commit: git stash, record, git stash pop")
-        with atomic_write(table) as f:
-            f.write("".join("\t".join(row) + "\n" for row in [[HEADER], *rows, *new]).encode())
-        follow(rows + new, branch, worktrees)
-        print(f"recorded: {branch or 'HEAD'} is at", git("log", "-1", "--format=%h %s")[:100])
+    if record:
+        write_rows(rows, new, branch, trees)
+        print(f"recorded: {branch} is at", git("log", "-1", "--format=%h %s")[:100])
+    elif not new:
+        print("nothing new: commit an idea and run it")
     return 0
 
 
-def follow(rows, branch, worktrees):
+def say_if_odd(report, rows, commit):
+    """One line if a run had another attention kernel than the baseline, or a tenth fewer steps than the head."""
+    made = [re.search(r"(\d+) steps$", row[4]) for row in rows if row[3] == "keep"]
+    if made and made[-1] and report.get("num_steps", math.inf) < 0.9 * int(made[-1][1]):
+        print(f"note: {commit} made {report['num_steps']} steps, the head {made[-1][1]}: a slow idea? A busy machine?")
+    if rows and "harness" in rows[0][4] and report.get("attention", "") not in rows[0][4]:
+        print(f"note: {commit} used the attention kernel {report['attention']}, not the one of the baseline")
+
+
+def write_rows(rows, new, branch, trees):
+    """Write the notes of the commits, the table, and then tags, branch and worktrees."""
+    for tree in {Path(), *trees}:
+        if git("status", "--porcelain", "-uno", "--", "train.py", tree=tree):
+            raise PrepareError(f"{tree / 'train.py'} has changes without a commit: git stash, record, git stash pop")
+    lines = ["\t".join(row) for row in rows + new]
+    for commit in {row[0] for row in new}:
+        notes = [f"{i}\t{line}\n" for i, line in enumerate(lines) if line.startswith(commit)]
+        git("notes", f"--ref={branch}", "add", "-f", "-F", "-", commit, text="".join(notes))
+    with atomic_write(Path("results.tsv")) as f:
+        f.write("".join(f"{line}\n" for line in [HEADER, *lines]).encode())
+    follow(rows + new, trees)
+
+
+def follow(rows, trees):
     """Bring tags, branch and worktrees in line with the table. Where it was cut off, it goes on."""
     kept = kept_commits(rows)
     tried = {row[0] for row in rows} - {*kept}
     for commit in tried - {tag.removeprefix("tried/") for tag in git("tag", "--list", "tried/*").split()}:
         git("tag", "--no-sign", f"tried/{commit}", commit)
-    if git("rev-parse", "HEAD")[:7] in tried:
+    if not kept:
+        return
+    idea = find_idea(".", kept[-1])
+    if idea[:7] in tried and idea == git("rev-parse", "HEAD"):
         git("reset", "-q", "--keep", "HEAD~1")
-    elif branch and kept:
-        git("merge", "-q", "--ff-only", kept[-1])
-    for tree in worktrees:
-        git("reset", "-q", "--keep", git("rev-parse", "HEAD"), tree=tree)
+    elif idea[:7] in tried:  # the human has committed something on top of it
+        git("revert", "--no-edit", idea)
+    git("merge", "-q", "--no-edit", kept[-1])  # no fast-forward if the human has committed program.md
+    for tree in {*trees} - {Path()}:
+        if find_idea(tree, kept[-1])[:7] in {"", *tried}:  # an idea that has not run yet stays
+            git("reset", "-q", "--keep", git("rev-parse", "HEAD"), tree=tree)
+
+
+def one_at_a_time():
+    return cache_lock(Path(git("rev-parse", "--absolute-git-dir")))  # two at once would lose a row or a kept commit
+
+
+def night(command, *words):
+    """`run`, `decide`, `record`. Returns the exit status. Raises PrepareError, or CalledProcessError of git."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    if command == "run":
+        return run(*words)
+    if (command, *words) == ("decide",):
+        return decide()
+    if command == "record" and words in ((), ("discard",)):
+        with one_at_a_time():
+            return decide(record=True, veto=bool(words))
+    raise PrepareError("the commands of a night are `prepare.py run`, `decide`, `record` and `record discard`")
 
 
 # -----------------------------------------------------------------------------
@@ -1216,11 +1405,9 @@ def prepare(args):
     cache.mkdir(parents=True, exist_ok=True)
     with cache_lock(cache):
         forget_cache()  # another process may have changed it
-        before, known = None, {}
-        with contextlib.suppress(PrepareError):  # nothing is prepared, or the manifest is damaged
-            before = load_manifest(cache)
-            known = dict(before["files"].values())
-        trusted = before or not (cache / MANIFEST).exists()  # a damaged manifest can't tell which files are good
+        known, trusted = {}, not (cache / MANIFEST).exists()  # a damaged manifest can't tell which files are good
+        with contextlib.suppress(PrepareError):
+            known, trusted = dict(load_manifest(cache)["files"].values()), True
 
         def make(path, function):
             """Make a file, unless it is there: its name has the key of what it is made from."""
@@ -1263,12 +1450,11 @@ def prepare(args):
         scored = f"{rows * args.seq_len:,} validation tokens"
         if rows < MIN_VAL_ROWS:
             text = f"the validation text fills {rows} rows of --seq-len {args.seq_len}, {MIN_VAL_ROWS} are needed"
-            raise PrepareError(f"{text}: add text, add a file named val, or choose a smaller --seq-len", 2)
+            raise PrepareError(f"{text}: add text, add a file named val, or choose a smaller --seq-len")
         if rows < wanted:
             show("", f"note: there are {scored} in whole rows; --eval-tokens asks for more")
 
-        if write_manifest(cache, args, vocab_size, files) == before:
-            show("", "everything was there already: nothing to do")
+        write_manifest(cache, args, vocab_size, files)
         show("ready", f"scale {args.scale}: rows of {args.seq_len:,} tokens, {args.time_budget} s a run, {scored}")
         show("", f"in {cache}, harness {fingerprint()}, after {time.monotonic() - started:.1f} s")
         if problem := missing_gpu(get_device(), args.scale):
@@ -1281,7 +1467,7 @@ def show(what, text):
 
 
 def write_manifest(cache, args, vocab_size, files):
-    """Put these files, {kind: path}, in force and remove those of an earlier manifest. Returns the manifest."""
+    """Put these files, {kind: path}, in force and remove those of an earlier manifest."""
     constants = {"SCALE": args.scale, "MAX_SEQ_LEN": args.seq_len, "TIME_BUDGET": args.time_budget}
     constants |= {"VOCAB_SIZE": vocab_size, "EVAL_TOKENS": args.eval_tokens}
     checksums = {kind: [path.name, checksum(path)] for kind, path in files.items()}
@@ -1297,7 +1483,6 @@ def write_manifest(cache, args, vocab_size, files):
     for path in cache.iterdir():  # the folder may hold files that are not ours
         if made_here.fullmatch(path.name) and path.name not in in_force and path.is_file():
             path.unlink()
-    return manifest
 
 
 # -----------------------------------------------------------------------------
@@ -1347,21 +1532,22 @@ def option(name):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] in (["decide"], ["record"]):
-            return decide(*argv)
+        if argv[:1] == ["supervise"]:
+            return supervise(Path(argv[1]))
+        if argv[:1] in (["run"], ["decide"], ["record"]):
+            return night(*argv)
         prepare(parse_arguments(argv))
         return 0
     except subprocess.CalledProcessError as error:
-        problem, code = f"git: {error.stderr.strip()}", 1
+        problem = f"git: {error.stderr.strip()}"
     except PrepareError as error:
-        problem, code = error, error.code
+        problem = error
     except OSError as error:  # a full disk, a folder without write permission
-        mend = "fix that, or set AUTORESEARCH_CACHE to another folder, then run it again; what is done stays"
-        problem, code = f"{error}: {mend}", 1
+        problem = f"{error}: fix that (AUTORESEARCH_CACHE names another folder), run it again; what is done stays"
     except KeyboardInterrupt:
-        problem, code = "interrupted; run it again to go on", 130
+        problem = "interrupted; run it again to go on"
     print(f"prepare.py: error: {problem}", file=sys.stderr)
-    return code
+    return 1
 
 
 if __name__ == "__main__":

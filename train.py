@@ -1,6 +1,6 @@
 """The mutable half of the harness: a GPT, its optimizer, and a loop that trains until the harness's clock says stop.
 
-    uv run train.py > run.log 2>&1        the same command on every machine; SEED=1 in front of it for another seed
+    uv run train.py                       the same command on every machine; SEED=1 in front of it for another seed
 
 This is the one file that changes during research. It must keep a few things: batches come from `make_dataloader`, time
 from `clock`, the score from `evaluate_bpb`, and `model(idx)` returns logits (B, T, V) that depend on no later token.

