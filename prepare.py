@@ -14,7 +14,6 @@ import argparse
 import base64
 import contextlib
 import csv
-import ctypes
 import fcntl
 import glob
 import gzip
@@ -41,9 +40,10 @@ from functools import cache, cached_property, partial
 from itertools import count, groupby, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
-NIGHT = __name__ == "__main__" and sys.argv[1:2] in (["run"], ["decide"], ["record"], ["supervise"])
-if not NIGHT:  # these commands need none of it, and importing it takes seconds
+NIGHT = (["run"], ["decide"], ["record"], ["supervise"])
+if __name__ != "__main__" or sys.argv[1:2] not in NIGHT:  # these commands need none of it: it takes seconds to import
     import numpy as np
     import pyarrow.parquet as pq
     import requests
@@ -742,18 +742,20 @@ class Clock:
 
     def __init__(self):
         self.started = self.stopped = None
+        self.work = self.worked = 0.0  # CPU seconds of this process at the start, and from start to stop
+        self.rates = []  # of an accelerator, see work_rate()
         self.asked = [0.0, 0.0, 0.0]  # seconds() at the last three calls of time_is_up()
 
     def start(self):
         if self.started is None:
-            self.started = time.monotonic()
+            self.started, self.work = time.monotonic(), time.process_time()
             if get_device().type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # the warm-up's attempts are not the run's memory
         self.stopped = None
 
     def stop(self):
         if self.started is not None:
-            self.stopped = time.monotonic()
+            self.stopped, self.worked = time.monotonic(), time.process_time() - self.work
 
     def seconds(self):
         """Seconds of training so far; 0.0 before the first batch."""
@@ -787,6 +789,28 @@ class Clock:
 clock = Clock()
 
 
+def work_rate(device):
+    """Products of two 2048 x 2048 matrices per second on this device, in a quarter of a second."""
+    matrix, count, began = torch.ones(2048, 2048, device=device), -1, 0.0
+    while count < 0 or time.monotonic() < began + 0.25:
+        for _ in range(8):
+            matrix @ matrix
+        torch.get_device_module(device).synchronize()
+        began, count = (time.monotonic(), 0) if count < 0 else (began, count + 8)  # the first ones load the library
+    return count / (time.monotonic() - began)
+
+
+def machine_speed():
+    """How fast the machine was for this run, whatever the model is. Only a comparison with another run has a meaning.
+
+    On a CPU the share of its threads' time that the process got while the clock ran: 1 if nothing else is at work. On
+    an accelerator the mean of work_rate() before and after the clock ran.
+    """
+    if clock.rates:
+        return statistics.mean(clock.rates)
+    return clock.worked / (clock.seconds() * torch.get_num_threads())
+
+
 def get_seed():
     """The seed of this run: the environment's SEED, 0 by default. Raises PrepareError if it is not a whole number."""
     text = os.environ.get("SEED", "0")
@@ -810,6 +834,8 @@ def start_run():
     random.seed(get_seed())
     np.random.seed(get_seed())
     torch.manual_seed(get_seed())  # on every device
+    if device.type != "cpu":
+        clock.rates.append(work_rate(device))
     return device
 
 
@@ -834,13 +860,15 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, 
         "attention": attention,
         "device": device_name(),
         "harness": fingerprint(),
+        "machine": f"{machine_speed():.3g}",
     }
     print("---")
     for name, value in lines.items():
         print(f"{name + ':':<18}{value}")
     sys.stdout.flush()
     if name := os.environ.get("AUTORESEARCH_RUN"):  # the harness started this run and waits for its number
-        facts = {**lines, "memory_gb": f"{memory / 1024:.1f}", "problems": problems}
+        facts = {**lines, "memory_gb": f"{memory / 1024:.1f}", "machine": machine_speed(), "problems": problems}
+        facts["prepared"] = open_cache(cache_dir())["command"]
         write_json(Path(name), {**json.loads(Path(name).read_bytes()), "report": facts})
 
 
@@ -866,7 +894,11 @@ def evaluate_bpb(model, tokenizer, batch_size):
     clock.stop()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # libraries and kernels need memory of their own
+    if device.type != "cpu":
+        clock.rates = [*clock.rates[:1], work_rate(device)]
     T = constants()["MAX_SEQ_LEN"]
+    if clock.problem() and "AUTORESEARCH_RUN" in os.environ:
+        raise EvaluationError(clock.problem())  # in a night such a number counts for nothing, so it costs no time
     if clock.problem():
         print(f"warning: {clock.problem()}", file=sys.stderr)
     if batch_size < 1:
@@ -971,209 +1003,13 @@ def check_causality(model, x, row_ids, ref_logits, V, rng):
 
 
 # -----------------------------------------------------------------------------
-# Night: a run is started and watched over by prepare.py. Its result is run.json, beside run.log
-
-GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before it is ended
-BEAT, WATCH = 3, 15  # seconds between two signs of life of a run; seconds without one after which it was cut off
-BASELINES = 3  # runs of the baseline before the first idea, at least; with several GPUs one more
-CHECK_SEEDS = (100, 101, 102)  # seeds that had no part in the choice of what was kept
-ERROR = re.compile(r"Fatal Python error|train\.py: error|[\w.]*(Error|Exception|Interrupt)\b")
-
-
-def git(*arguments, tree=".", text=None):
-    """What git prints. The user's settings and locale change nothing in it."""
-    settings = ["-c", "log.showSignature=false", "-c", "i18n.logOutputEncoding=UTF-8"]
-    options = dict(encoding="utf-8", errors="replace", stderr=subprocess.PIPE, stdout=subprocess.PIPE, check=True)
-    return subprocess.run(["git", "-C", str(tree), *settings, *arguments], input=text, **options).stdout.strip()
-
-
-def open_night():
-    """(branch, trees, rows): the trees are the worktrees in .waves, or the clone alone. Raises PrepareError."""
-    branch = git("branch", "--show-current")
-    if not branch.startswith("autoresearch/"):
-        raise PrepareError(f"a night has a branch autoresearch/…, this is {branch or 'none'}: git switch to it")
-    waves = [path.parent for path in Path(".waves").glob("[0-9]*/.git")]
-    trees = sorted(waves, key=lambda tree: (len(tree.name), tree)) or [Path()]  # 10 after 9
-    return branch, trees, read_results(Path("results.tsv"), branch)
-
-
-def find_idea(tree, head):
-    """The last commit after `head` that changes train.py, or "". What the human commits in the night is no idea."""
-    changed = git("diff", "--name-only", head, "HEAD", "--", "train.py", tree=tree)
-    return changed and git("log", "-1", "--format=%H", f"{head}..", "--", "train.py", tree=tree)
-
-
-def check_idea(idea, head):
-    """Raises PrepareError for an idea that is not one commit on top of the head, which changes train.py alone."""
-    if git("diff", "--name-only", head, f"{idea}~1", "--", "train.py"):
-        raise PrepareError(f"{idea[:7]} must be one commit on top of {head[:7]}: make it that, and run it again")
-    if git("diff", "--name-only", f"{idea}~1", idea, "--", ".", ":!train.py"):
-        raise PrepareError(f"{idea[:7]} changes more than train.py: take that back with git commit --amend")
-
-
-def plan_runs(trees, rows, check=False):
-    """{tree: (commit, kind, seed)} of the runs that the night needs now. Raises PrepareError for an impossible idea.
-
-    Baseline and check need several seeds: the first tree takes the first one that has no row, the second tree the
-    second. So every job of a cluster finds its own without a word from the others, and the same one if it starts again.
-    """
-    kept, ran = kept_commits(rows) or ["HEAD"], recorded(rows)
-    base, head = git("rev-parse", kept[0], kept[-1]).split()
-    if check:
-        jobs = [(commit, "check", seed) for seed in CHECK_SEEDS for commit in dict.fromkeys([base, head])]
-    elif base == head and len(rows) < BASELINES + (len(trees) > 1):
-        jobs = [(base, "baseline", seed) for seed in range(len(rows) + len(trees))]
-    else:
-        plan = {}
-        for tree in trees:
-            idea = find_idea(tree, head)
-            if idea and (idea[:7], 0) not in ran and (idea, "idea", 0) not in plan.values():
-                check_idea(idea, head)
-                plan[tree] = idea, "idea", 0
-        return plan
-    return dict(zip(trees, [job for job in jobs if (job[0][:7], job[2]) not in ran]))
-
-
-def read_run(tree):
-    """(what run.json of a tree says, the time of its last sign of life), or ({}, 0) without one."""
-    try:
-        with open(tree / "run.json", "rb") as f:  # opening it asks a network disk for its time of now
-            return json.load(f), os.fstat(f.fileno()).st_mtime_ns
-    except (FileNotFoundError, ValueError):
-        return {}, 0
-
-
-def is_new(run, job, branch, rows):
-    """Whether run.json is of the run that its tree is for, or of a check that has no row yet."""
-    if run.get("branch") != branch:  # none, or of another night
-        return False
-    commit, kind, seed = run["commit"], run["kind"], run["seed"]
-    return job == (commit, kind, seed) or (kind == "check" and (commit[:7], seed) not in recorded(rows))
-
-
-def find_quiet(trees):
-    """{tree: time of its last sign of life} of the trees in which no run lives: only that the time stands still counts.
-
-    So no clock and no lock of another machine is trusted. Takes WATCH seconds if a run was cut off.
-    """
-    runs, deadline = {tree: read_run(tree) for tree in trees}, time.monotonic() + WATCH
-    quiet = {tree: sign for tree, (_, sign) in runs.items()}
-    unsure = {tree for tree, (run, _) in runs.items() if run and "exit" not in run}
-    while unsure & quiet.keys() and time.monotonic() < deadline:
-        time.sleep(0.5)
-        quiet = {tree: sign for tree, sign in quiet.items() if read_run(tree)[1] == sign}
-    return quiet
-
-
-def run(*words):
-    """Start what the night needs next, in the background: a run in the clone, or one in each worktree.
-
-    `run 2` is worktree 2 alone, in the foreground: a job of Slurm. `run check`: baseline and branch on fresh seeds.
-    `run again`: what has ended too. Returns the exit status. Raises PrepareError if there is nothing to start.
-    """
-    numbers = [word for word in words if word.isdecimal()]
-    if {*words} - {"check", "again", *numbers[:1]}:
-        raise PrepareError("it is `prepare.py run`, `run check` or `run again`, and the number of a worktree at most")
-    load_manifest(cache_dir())  # if nothing is prepared, this says so
-    chosen = [tree for tree in open_night()[1] if tree.name in (numbers or [tree.name])]
-    quiet, started, problems = find_quiet(chosen), [], []
-    with one_at_a_time():
-        branch, trees, rows = open_night()
-        plan = plan_runs(trees, rows, "check" in words)
-        for tree in chosen:
-            job, (before, sign) = plan.get(tree), read_run(tree)
-            if sign != quiet.get(tree):
-                problems.insert(0, f"{tree / 'run.json'}: a run is going on: `uv run prepare.py decide` waits for it")
-            elif is_new(before, job, branch, rows) and "exit" in before and "again" not in words:
-                problems.append(f"the run of {before['commit'][:7]} has ended: `uv run prepare.py record`")
-            elif (not job or job[1] == "idea") and git("status", "--porcelain", "-uno", "--", "train.py", tree=tree):
-                problems.append(f"{tree / 'train.py'} has changes without a commit: git commit it first")
-            elif job:
-                begin(tree, job, branch)
-                started.append(tree)
-    if not started:
-        raise PrepareError([*problems, "nothing new to run: commit an idea (for a check: `run check`)"][0])
-    if numbers:
-        return supervise(*started)
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(trees))))).split(",")
-    for tree in started:
-        gpu = {} if trees == [Path()] else {"CUDA_VISIBLE_DEVICES": "".join(gpus[trees.index(tree) :][:1])}
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        command = [sys.executable, __file__, "supervise", str(tree)]
-        subprocess.Popen(command, env={**os.environ, **gpu}, start_new_session=True, **streams)
-    return 0
-
-
-def begin(tree, job, branch):
-    """Write the files of a run. What runs is a copy of the commit, so nobody edits it meanwhile."""
-    commit, kind, seed = job
-    (tree / "run.py").write_text(git("show", f"{commit}:./train.py", tree=tree), encoding="utf-8")
-    (tree / "run.log").unlink(missing_ok=True)  # a process that an earlier run left behind writes on into the old one
-    facts = {"commit": commit, "kind": kind, "seed": seed, "branch": branch, "started": time.strftime("%F %T")}
-    write_json(tree / "run.json", facts)
-    print(f"started {name_of(tree, *job)}", flush=True)
-
-
-def name_of(tree, commit, kind, seed):
-    return f"{'' if tree == Path() else f'{tree}: '}{kind} {commit[:7]}, seed {seed}"
-
-
-def supervise(tree):
-    """Run run.py to its end, and renew the time of run.json meanwhile. Then write into it how the run ended.
-
-    Who ends the supervisor ends the run too, and nothing is written: such a run was cut off.
-    """
-    path, log = tree / "run.json", tree / "run.log"
-    limit = load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
-    env = {**os.environ, "SEED": str(read_run(tree)[0]["seed"]), "AUTORESEARCH_RUN": str(path.resolve())}
-    env |= {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
-    options = dict(cwd=tree, env=env, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    with open(log, "xb") as output:
-        process = subprocess.Popen([sys.executable, "run.py"], stdout=output, stderr=output, **options)
-        os.dup2(output.fileno(), 2)  # a fault of the supervisor itself is read there too
-    try:
-        deadline = time.monotonic() + limit
-        while process.poll() is None and time.monotonic() < deadline:
-            os.utime(path)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(BEAT)
-        reason = "" if process.poll() is not None else f"it hung: ended by the harness after {limit} s"
-        process.send_signal(signal.SIGABRT)  # Python prints where it hangs; nothing happens to what has ended
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(BEAT)
-        if process.returncode == -signal.SIGTERM:
-            time.sleep(2)  # a cluster ends the whole job: the next signal is ours
-    finally:
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-    status = process.wait()
-    write_json(path, {**read_run(tree)[0], "exit": status, "reason": reason or last_words(log, status)})
-    return 0
-
-
-def end_with_parent():
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a run that was cut off leaves nothing behind
-
-
-def last_words(log, status=0):
-    """The last line of a log that looks like an error, else the last line; of a run that was killed, the signal too."""
-    text = log.read_text(encoding="utf-8", errors="replace")[-20_000:] if log.exists() else ""
-    lines = [line for line in text.splitlines() if line.strip()] or [""]
-    errors = [line for line in lines if ERROR.match(line)] if status else []
-    killed = f"killed by {signal.Signals(-status).name}: " if status < 0 and not errors else ""
-    return one_line(killed + (errors or lines)[-1])
-
-
-# -----------------------------------------------------------------------------
-# Night: results.tsv, and the rule that says which run is kept. program.md says when to call it
+# Night: the rule that says which run is kept, and the rows of a night, which are notes in git
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 KEEP_MARGIN = 1.5  # standard deviations of the baseline by which an idea must be better
 KEEP_WAVES = 50  # waves without a keep after which the margin is 0: a kept number is partly luck
-DESCRIPTION = re.compile(r"(?:wave (?P<wave>\d+): )?(?:(?P<simpler>simpler)|(?:baseline|check), seed (?P<seed>\d+))?")
-DECIDE_WAIT = 40  # seconds that `decide` waits for runs: many agents' shells end a command after a minute
+MACHINE_TOLERANCE = 0.1  # by which the machine of a run may be slower or faster than the baseline's
+DESCRIPTION = re.compile(r"(?:wave (?P<wave>\d+): )?(?P<simpler>simpler)?")
 
 
 def bars(rows):
@@ -1203,32 +1039,257 @@ def bars(rows):
     if len(noise) < 3:
         return found, math.nan, math.nan, 0
     head, margin, n = statistics.mean(noise), KEEP_MARGIN * statistics.stdev(noise), 0
-    notes = [DESCRIPTION.match(row[3]) for row in rows]
-    for _, wave in groupby(ideas, key=lambda i: notes[i]["wave"] or -i):
+    words = [DESCRIPTION.match(row[3]) for row in rows]
+    for _, wave in groupby(ideas, key=lambda i: words[i]["wave"] or -i):
         wave = list(wave)
         for i in wave:
-            found[i] = head + margin if notes[i]["simpler"] else head - margin * (1 - n / KEEP_WAVES)
+            found[i] = head + margin if words[i]["simpler"] else head - margin * (1 - n / KEEP_WAVES)
         statuses = [rows[i][2] for i in wave]
         if "keep" in statuses:
             value, i = min((rows[i][1], i) for i in wave if rows[i][2] == "keep")
-            head, n = min(head, value) if notes[i]["simpler"] else value, 0
+            head, n = min(head, value) if words[i]["simpler"] else value, 0
         elif "discard" in statuses:  # a crash says nothing about the number
             n = min(n + 1, KEEP_WAVES)
     return found, head, margin, n
 
 
-def read_results(table, branch):
-    """The rows of results.tsv, or if it is lost of the notes in git, five str each. Raises PrepareError."""
-    lines = table.read_text(encoding="utf-8-sig", errors="replace").splitlines() if table.exists() else []
-    commits = [] if table.exists() else git("notes", f"--ref={branch}", "list").split()[1::2]
-    if commits:  # a line of a note is a row with its number in front
-        notes = git("log", "--no-walk", f"--notes={branch}", "--format=%N", *commits).splitlines()
-        lines = [note.partition("\t")[2] for note in sorted(filter(None, notes), key=lambda note: int(note.split()[0]))]
-    rows = [line.split("\t", 4) for line in lines if line.strip() not in (HEADER, "")]
-    for row in rows:
-        if len(row) != 5 or not re.fullmatch(r"\d+\.\d+", row[1]):
-            raise PrepareError(f"{table} has a line that is no row, mend it by hand: {one_line(' '.join(row))}")
-    return rows
+def git(*arguments, tree=".", text=None):
+    """What git prints. The user's settings and locale change nothing in it."""
+    settings = "log.showSignature=false i18n.logOutputEncoding=UTF-8 commit.gpgSign=false".split()
+    options = dict(encoding="utf-8", errors="replace", stderr=subprocess.PIPE, stdout=subprocess.PIPE, check=True)
+    command = ["git", "-C", str(tree), *(word for setting in settings for word in ("-c", setting)), *arguments]
+    return subprocess.run(command, input=text, **options).stdout.strip()
+
+
+class Night(NamedTuple):
+    branch: str
+    trees: list  # the worktrees .waves/1, .waves/2, …, or the clone alone
+    rows: list  # the runs that were recorded, in order, each a dict of the table's columns and more
+
+
+def open_night():
+    """The Night of the branch at hand. Raises PrepareError."""
+    branch = git("branch", "--show-current")
+    if not branch.startswith("autoresearch/"):
+        raise PrepareError(f"a night has a branch autoresearch/…, this is {branch or 'none'}: git switch to it")
+    waves = [path.parent for path in Path(".waves").glob("[0-9]*/.git")]
+    blobs = git("notes", f"--ref={branch}", "list").split()[::2]
+    notes = git("cat-file", "--batch=", "--buffer", text="\n".join(blobs)) if blobs else ""
+    rows = sorted((json.loads(line) for line in notes.splitlines() if line), key=lambda row: row["number"])
+    return Night(branch, sorted(waves, key=lambda tree: (len(tree.name), tree)) or [Path()], rows)  # 10 after 9
+
+
+def write_rows(night, new):
+    """Add rows to the notes of their commits, one JSON a line: all of them or none."""
+    ref = f"refs/notes/{night.branch}"
+    stream = [f"commit {ref}\ncommitter {git('var', 'GIT_COMMITTER_IDENT')}\ndata 0\n"]
+    stream += [f"from {ref}^0\n"] if night.rows else []
+    for commit in {row["commit"] for row in new}:
+        note = "".join(json.dumps(row) + "\n" for row in night.rows + new if row["commit"] == commit)  # all is ASCII
+        stream.append(f"N inline {commit}\ndata {len(note)}\n{note}\n")
+    git("fast-import", "--quiet", text="".join(stream))
+
+
+def write_table(rows):
+    """Write results.tsv, by which people see the rows. What else has this name gets another one first."""
+    lines = [HEADER, *("\t".join(row[name] for name in HEADER.split("\t")) for row in rows)]
+    table, text = Path("results.tsv"), "".join(f"{line}\n" for line in lines).encode()
+    if table.exists() and not text.startswith(table.read_bytes()):
+        table.rename(time.strftime("results-until-%Y%m%d-%H%M%S.tsv"))
+    with atomic_write(table) as f:
+        f.write(text)
+
+
+def kept_commits(rows):
+    """The baseline and the kept ideas in order, each once."""
+    return list(dict.fromkeys(row["commit"] for row in rows if row["status"] == "keep"))
+
+
+# -----------------------------------------------------------------------------
+# Night: the runs. A supervisor runs a copy of the commit. What is known of a run is in run.json, beside run.log
+
+BASELINES = 3  # runs of the baseline before the first idea, at least; with several GPUs one more
+CHECK_SEEDS = (100, 101, 102)  # seeds that had no part in the choice of what was kept
+GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before it is ended
+BEAT, WATCH = 3, 15  # seconds between two signs of life of a run; seconds without one after which it was cut off
+DECIDE_WAIT = 45  # seconds that `decide` waits for runs: many agents' shells end a command after a minute
+ERROR = re.compile(r"Fatal Python error|train\.py: error|[\w.]*(Error|Exception|Interrupt)\b")
+
+
+class Job(NamedTuple):
+    commit: str
+    kind: str  # "baseline", "idea" or "check"
+    seed: int
+
+    def name(self, tree):
+        return f"{'' if tree == Path() else f'{tree}: '}{self.kind} {self.commit[:7]}, seed {self.seed}"
+
+
+def plan_runs(night, check=False):
+    """{tree: Job} of what the night needs now. Raises PrepareError for an impossible idea.
+
+    Baseline and check need several seeds: the first tree takes the first one that has no row, the second tree the
+    second. So every job of a cluster finds its own without a word from the others, and the same one if it starts again.
+    A check that was begun is ended before other ideas run.
+    """
+    ran = {(row["commit"], row["seed"]) for row in night.rows}
+    kept = kept_commits(night.rows) or ["HEAD"]
+    base, head = git("rev-parse", kept[0], kept[-1]).split()
+    begun = [job_of(read_run(tree, night.branch)[0]) for tree in night.trees]
+    if check or any(job.kind == "check" and (job.commit[:7], job.seed) not in ran for job in begun):
+        jobs = [Job(commit, "check", seed) for seed in CHECK_SEEDS for commit in dict.fromkeys([base, head])]
+    elif base == head and len(night.rows) < BASELINES + (len(night.trees) > 1):
+        jobs = [Job(base, "baseline", seed) for seed in range(len(night.rows) + len(night.trees))]
+    else:
+        plan = {}
+        for tree in night.trees:
+            job = Job(find_idea(tree, head), "idea", 0)
+            if job.commit and (job.commit[:7], 0) not in ran and job not in plan.values():
+                check_idea(job.commit, tree, head)
+                plan[tree] = job
+        return plan
+    return dict(zip(night.trees, [job for job in jobs if (job.commit[:7], job.seed) not in ran]))
+
+
+def find_idea(tree, head):
+    """The last commit after `head` that changes train.py, or "". What the human commits in the night is no idea."""
+    changed = git("diff", "--name-only", head, "HEAD", "--", "train.py", tree=tree)
+    return changed and git("log", "-1", "--format=%H", f"{head}..", "--", "train.py", tree=tree)
+
+
+def check_idea(idea, tree, head):
+    """Raises PrepareError for an idea that is not one commit on top of the head, which changes train.py alone."""
+    where = "" if tree == Path() else f" (in {tree})"
+    if git("diff", "--name-only", head, f"{idea}~1", "--", "train.py"):
+        mend = f"git rebase it, or make it one commit with git reset --soft {head[:7]}"
+        raise PrepareError(f"{idea[:7]}{where} must be one commit on top of {head[:7]}: {mend}")
+    if git("diff", "--name-only", f"{idea}~1", idea, "--", ".", ":!train.py"):
+        raise PrepareError(f"{idea[:7]}{where} changes more than train.py: take that back with git commit --amend")
+
+
+def read_run(tree, branch):
+    """(what run.json of a tree says, the time of its last sign of life), or ({}, 0) without a run of this night."""
+    with contextlib.suppress(FileNotFoundError, ValueError), open(tree / "run.json", "rb") as f:
+        run = json.load(f)  # opening the file asks a network disk for its time of now
+        if run["branch"] == branch:
+            return run, os.fstat(f.fileno()).st_mtime_ns
+    return {}, 0
+
+
+def job_of(run):
+    return Job(*(run.get(name) for name in Job._fields))
+
+
+def look(night, plan, seconds, wait_for):
+    """{tree: (state, run, sign)} of the trees in the plan, after `seconds`, or when no state is one of `wait_for`.
+
+    The states: new (not started), unsure (no sign of life seen yet), going on, cut off, ended. A run is cut off if the
+    time of run.json stands still while we watch. So no clock and no lock of another machine is trusted.
+    """
+    began, first = time.monotonic(), {tree: read_run(tree, night.branch)[1] for tree in plan}
+    while True:
+        found, passed = {}, time.monotonic() - began
+        for tree, job in plan.items():
+            run, sign = read_run(tree, night.branch)
+            if job_of(run) != job:
+                state = "new"
+            elif "exit" in run:
+                state = "ended"
+            elif sign != first[tree]:
+                state = "going on"
+            else:
+                state = "unsure" if passed < WATCH else "cut off"
+            found[tree] = state, run, sign
+        states = {state for state, *_ in found.values()}
+        if not states & {*wait_for} or "cut off" in states or passed > seconds:
+            return found
+        time.sleep(0.5)
+
+
+def start_runs(*words):
+    """Start in the background what the night needs next: a run in the clone, or one in each worktree.
+
+    `run 2` is worktree 2 alone, in the foreground: a job of Slurm. `run check`: baseline and branch on fresh seeds.
+    Returns the exit status. Raises PrepareError if there is nothing to start.
+    """
+    numbers, check = [word for word in words if word.isdecimal()], "check" in words
+    if [*words] != ["check"] * check + numbers[:1]:
+        raise PrepareError("it is `prepare.py run` or `prepare.py run check`, and the number of a worktree at most")
+    load_manifest(cache_dir())  # if nothing is prepared, this says so
+    night = open_night()
+    plan = {tree: job for tree, job in plan_runs(night, check).items() if tree.name in (numbers or [tree.name])}
+    found, started = look(night, plan, WATCH, ["unsure"]), []
+    with one_at_a_time():
+        if open_night() != night:
+            raise PrepareError("another command has changed the night meanwhile: run this again")
+        for tree, (state, facts, sign) in found.items():
+            wanted = state in ("new", "cut off") or (state == "ended" and why_again(facts, night.rows))
+            if wanted and read_run(tree, night.branch)[1] == sign:  # else another command has started it
+                begin(tree, plan[tree], night.branch, facts)
+                started.append(tree)
+    if not started:
+        reason = "it is going on or has ended: `uv run prepare.py decide`" if plan else "commit an idea"
+        raise PrepareError(f"nothing new to run: {'the check is complete' if check and not plan else reason}")
+    print("started", some([plan[tree].name(tree) for tree in started]), flush=True)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(night.trees))))).split(",")
+    for tree in started:
+        gpu = {"CUDA_VISIBLE_DEVICES": "".join(gpus[night.trees.index(tree) :][:1])}
+        env = os.environ if numbers or night.trees == [Path()] else {**os.environ, **gpu}
+        with open(tree / "run.log", "xb") as log:  # what the supervisor itself has to say is read there too
+            streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            command = [sys.executable, __file__, "supervise", str(tree)]
+            supervisor = subprocess.Popen(command, env=env, start_new_session=not numbers, **streams)
+    return supervisor.wait() if numbers else 0
+
+
+def begin(tree, job, branch, before):
+    """Write the files of a run. What runs is a copy of the commit, so nobody edits it meanwhile."""
+    (tree / "run.py").write_text(git("show", f"{job.commit}:./train.py", tree=tree), encoding="utf-8")
+    (tree / "run.log").unlink(missing_ok=True)  # a process that an earlier run left behind writes on into the old one
+    tries = 1 + (before["tries"] if job_of(before) == job else 0)
+    write_json(
+        tree / "run.json", {**job._asdict(), "branch": branch, "tries": tries, "started": time.strftime("%F %T")}
+    )
+    if git("status", "--porcelain", "-uno", "--", "train.py", tree=tree):
+        print(f"note: {tree / 'train.py'} has changes that are not in this commit")
+
+
+def supervise(tree):
+    """Run run.py to its end, and renew the time of run.json meanwhile. Then write into it how the run ended."""
+    path, limit = tree / "run.json", load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
+    env = {**os.environ, "SEED": str(json.loads(path.read_bytes())["seed"]), "AUTORESEARCH_RUN": str(path.resolve())}
+    env |= {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    popen = partial(subprocess.Popen, start_new_session=True)  # a process group of its own
+    run = popen([sys.executable, "run.py"], cwd=tree, env=env, stdin=subprocess.DEVNULL)
+    # However this process ends, its end closes a pipe. The shell that reads it then ends the run and what it has begun
+    end = popen(["sh", "-c", f"read line; kill -9 -{run.pid}"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + limit
+    while run.poll() is None and time.monotonic() < deadline:
+        os.utime(path)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(BEAT)
+    reason = "" if run.poll() is not None else f"hang: no end after {limit} s"
+    if reason:
+        run.send_signal(signal.SIGABRT)  # Python prints where it hangs
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(BEAT)
+    elif run.returncode == -signal.SIGTERM:
+        time.sleep(2)  # a cluster ends the whole job: the next signal is for this process
+    end.communicate()
+    status = run.wait()
+    write_json(path, {**json.loads(path.read_bytes()), "exit": status, "reason": reason or last_words(tree, status)})
+    return 0
+
+
+def last_words(tree, status=0):
+    """The last line of run.log that looks like an error, else the last line, and the signal that killed the run."""
+    log = tree / "run.log"
+    text = log.read_text(encoding="utf-8", errors="replace")[-20_000:] if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    errors = [line for line in lines if ERROR.match(line)] if status else []
+    killed = f"killed by {signal.Signals(-status).name}: " if status < 0 and not errors else ""
+    return one_line(killed + (errors or lines)[-1])
 
 
 def one_line(text):
@@ -1236,162 +1297,180 @@ def one_line(text):
     return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())[:120]
 
 
-def kept_commits(rows):
-    """The baseline and the kept ideas in order, each once."""
-    return list(dict.fromkeys(commit for commit, _, _, status, _ in rows if status == "keep"))
+def some(texts):
+    return "; ".join(texts[:2]) + f"; and {len(texts) - 2} more" * (len(texts) > 2)
 
 
-def recorded(rows):
-    """{(commit, seed)} of the rows. An idea has the seed 0."""
-    return {(row[0], int(DESCRIPTION.match(row[4])["seed"] or 0)) for row in rows}
+# -----------------------------------------------------------------------------
+# Night: what becomes of the runs
 
 
-def wait_for_runs(branch, trees, rows):
-    """The runs that have no row yet, or None if some have not ended: it has said which."""
-    plan, quiet, deadline = plan_runs(trees, rows), None, time.monotonic() + DECIDE_WAIT
-    while True:
-        ended, waiting, going_on = [], [], trees != [Path()]  # a job may be in Slurm's queue
-        for tree in trees:
-            job, run = plan.get(tree), read_run(tree)[0]
-            if not is_new(run, job, branch, rows):
-                if job:
-                    waiting.append(f"{name_of(tree, *job)} has not run: `uv run prepare.py run`")
-                continue
-            name = name_of(tree, run["commit"], run["kind"], run["seed"])
-            if "exit" in run:
-                ended.append(run)
-            elif quiet is not None and tree in quiet:
-                text = f"{name} was cut off: `uv run prepare.py run` again"
-                waiting.append(f"{text} (its last line: {last_words(tree / 'run.log')})")
-            else:
-                going_on = True
-                waiting.append(f"{name}: {last_words(tree / 'run.log')}")
-        if not waiting:
-            return ended
-        if not going_on or time.monotonic() > deadline:
-            print("not ended:", *waiting, sep="\n  ")
-            return None
-        if quiet is None:
-            print(f"waits at most {DECIDE_WAIT} s: {waiting[0]}", flush=True)
-        quiet = find_quiet(trees)
-        time.sleep(0.5)
+def problem_of(run):
+    """Why a run that has ended has no number that counts, or None."""
+    return next(iter(run["report"]["problems"]), None) if "report" in run else run["reason"]
+
+
+def machine_change(report, rows):
+    """What is to be said of the speed of a run's machine, if it is far from the baseline's, else ""."""
+    speeds = [row["machine"] for row in rows if row["kind"] == "baseline"]
+    change = report["machine"] / statistics.mean(speeds) - 1 if speeds else 0
+    return f"machine {abs(change):.0%} {'slower' if change < 0 else 'faster'}" * (abs(change) > MACHINE_TOLERANCE)
+
+
+def why_again(run, rows):
+    """Why a run that has ended must run once more before it is judged, or None."""
+    report, problem = run.get("report"), problem_of(run)
+    if report and rows and report["harness"] != rows[0]["harness"]:
+        undo = "undo what has changed in prepare.py, the text or PyTorch"
+        first = undo if report["prepared"] == rows[0]["prepared"] else f"`{rows[0]['prepared']}`"
+        return f"its harness is {report['harness']}, the baseline's {rows[0]['harness']}: first {first}"
+    if problem:
+        return f"it has no number ({problem})" if run["kind"] != "idea" else None
+    if run["kind"] != "baseline" and run["tries"] == 1 and (change := machine_change(report, rows)):
+        return f"{change} than for the baseline"
 
 
 def new_row(run, rows):
-    """The row of a run that has ended, five str. An idea is discarded until `decide` compares it with the others.
-
-    Raises PrepareError for a baseline without a number, and for another harness than the baseline's.
-    """
-    commit, kind, report = run["commit"][:7], run["kind"], run.get("report", {"problems": [run["reason"]]})
-    subject = one_line(git("log", "-1", "--format=%s", commit)) if kind == "idea" else f"{kind}, seed {run['seed']}"
-    if report["problems"]:
-        if kind != "idea":
-            raise PrepareError(f"{subject} of {commit} has no number: {report['problems'][0]}: mend that, `run again`")
-        return [commit, "0.000000", "0.0", "crash", f"{subject}: {one_line(report['problems'][0])}"]
-    harness, status = f"harness {report['harness']}", "discard" if kind == "idea" else "keep"
-    if kind == "baseline":
-        subject += f", {harness}, {report['attention']}"
-    if rows and "harness" in rows[0][4] and harness not in rows[0][4]:
-        text = f"{commit} ran with {harness}, but {rows[0][4]}: prepare as for the baseline"
-        raise PrepareError(f"{text}, then `uv run prepare.py run again`")
-    return [commit, report["val_bpb"], report["memory_gb"], status, f"{subject}, {report['num_steps']} steps"]
+    """The row of a run that has ended, a dict. An idea is discarded until `decide` compares it with the others."""
+    commit, kind, report, problem = run["commit"][:7], run["kind"], run.get("report", {}), problem_of(run)
+    what = one_line(git("log", "-1", "--format=%s", commit)) if kind == "idea" else f"{kind}, seed {run['seed']}"
+    row = {"commit": commit, "kind": kind, "seed": run["seed"]}
+    row |= {name: report.get(name) for name in ("harness", "prepared", "attention", "machine")}
+    if problem:
+        status, description = "crash", f"{what}: {one_line(problem)}"
+        return row | {"val_bpb": "0.000000", "memory_gb": "0.0", "status": status, "description": description}
+    status, description = "discard" if kind == "idea" else "keep", f"{what}, {report['num_steps']} steps"
+    if kind != "baseline" and (change := machine_change(report, rows)):
+        description += f", {change}"
+    return (
+        row | {name: report[name] for name in ("val_bpb", "memory_gb")} | dict(status=status, description=description)
+    )
 
 
 def decide(record=False, veto=False):
     """Wait for the runs, and say what becomes of them. `record`: write their rows too, and move the branch.
 
-    `veto` keeps nothing. Returns the exit status. Raises PrepareError, or CalledProcessError of git.
+    The first word that it prints is what comes next: wait, run, record, or idea. `veto` keeps nothing. Returns the exit
+    status. Raises PrepareError, or CalledProcessError of git.
     """
-    branch, trees, rows = open_night()
-    runs = wait_for_runs(branch, trees, rows)
-    if runs is None:
-        return int(record)
-    new = []
-    for run in runs:
-        new.append(new_row(run, rows + new))
-        say_if_odd(run.get("report", {}), rows, new[-1][0])
-    if trees != [Path()]:
-        wave = 1 + max((int(DESCRIPTION.match(row[4])["wave"] or 0) for row in rows), default=0)
-        for row in new:
-            row[4] = f"wave {wave}: {row[4]}"
-    facts = [(commit, float(value), status, text) for commit, value, _, status, text in rows + new]
-    limits = bars(facts)[0][len(rows) :]
-    _, head, margin, n = bars(facts[: len(rows)])
-    if not math.isnan(head):
-        bar = f"keep below {head - margin * (1 - n / KEEP_WAVES):.6f}, simpler code below {head + margin:.6f}"
-        print(f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}")
-    passed = [row for row, limit in zip(new, limits) if row[3] == "discard" and float(row[1]) < limit]
-    passed.sort(key=lambda row: float(row[1]))
-    if passed and not veto:
-        passed[0][3] = "keep"
-    for row in new:
-        print("\t".join(row))
-    if passed[1:]:
-        print("one of the next ideas, on the new head:", *(f"tried/{row[0]}" for row in passed[1:]))
+    night = open_night()
+    plan = plan_runs(night)
+    queue = night.trees != [Path()] and shutil.which("sbatch")  # what has not started may wait in the queue of Slurm
+    found = look(night, plan, DECIDE_WAIT, ["unsure", "going on"] + ["new"] * bool(queue))
+    texts = {"run": [], "wait": []}
+    for tree, (state, run, _) in found.items():
+        name = plan[tree].name(tree)
+        if state == "new":
+            texts["wait" if queue else "run"].append(f"{name} has not started{' (see squeue --me)' * bool(queue)}")
+        elif state == "cut off":
+            texts["run"].append(f"{name} was cut off ({last_words(tree)})")
+        elif state != "ended":
+            texts["wait"].append(f"{name} goes on ({last_words(tree)})")
+        elif reason := why_again(run, night.rows):
+            texts["run"].append(f"{name} once more: {reason}")
+    for word in ("run", "wait"):
+        if texts[word]:
+            print(f"{word}: {some(texts[word])}" + " → uv run prepare.py run" * (word == "run"))
+            return int(record)
+    new = [new_row(run, night.rows) for _, run, _ in found.values()]
+    wave = 1 + max((row["wave"] for row in night.rows), default=0)
+    for number, row in enumerate(new, len(night.rows)):
+        row |= {"number": number, "wave": wave}
+        if night.trees != [Path()]:
+            row["description"] = f"wave {wave}: {row['description']}"
+    judge(night.rows, new, veto)
     if record:
-        write_rows(rows, new, branch, trees)
-        print(f"recorded: {branch} is at", git("log", "-1", "--format=%h %s")[:100])
-    elif not new:
-        print("nothing new: commit an idea and run it")
+        with one_at_a_time():
+            if open_night() != night:
+                raise PrepareError("another command has changed the night meanwhile: run this again")
+            if new:
+                write_rows(night, new)
+            follow(night, night.rows + new)
+        print(f"recorded: {night.branch} is at", git("log", "-1", "--format=%h %s")[:100])
     return 0
 
 
-def say_if_odd(report, rows, commit):
-    """One line if a run had another attention kernel than the baseline, or a tenth fewer steps than the head."""
-    made = [re.search(r"(\d+) steps$", row[4]) for row in rows if row[3] == "keep"]
-    if made and made[-1] and report.get("num_steps", math.inf) < 0.9 * int(made[-1][1]):
-        print(f"note: {commit} made {report['num_steps']} steps, the head {made[-1][1]}: a slow idea? A busy machine?")
-    if rows and "harness" in rows[0][4] and report.get("attention", "") not in rows[0][4]:
-        print(f"note: {commit} used the attention kernel {report['attention']}, not the one of the baseline")
+def judge(rows, new, veto):
+    """Say which of the new rows is kept, and by which bar; its status becomes keep."""
+    facts = [(row["commit"], float(row["val_bpb"]), row["status"], row["description"]) for row in rows + new]
+    limits = bars(facts)[0][len(rows) :]
+    _, head, margin, n = bars(facts[: len(rows)])
+    bar = f"keep below {head - margin * (1 - n / KEEP_WAVES):.6f}, simpler code below {head + margin:.6f}"
+    bar = "the baseline comes first" if math.isnan(head) else f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}"
+    print(f"{'record' if new else 'idea'}: {bar}")
+    passed = [row for row, limit in zip(new, limits) if row["status"] == "discard" and float(row["val_bpb"]) < limit]
+    passed = [
+        row for row in sorted(passed, key=lambda row: row["val_bpb"]) if not row["description"].endswith("faster")
+    ]
+    if passed and not veto:
+        passed[0]["status"] = "keep"
+    for row in new:
+        print("\t".join(row[name] for name in HEADER.split("\t")))
+        if row["attention"] not in (None, (rows + new)[0]["attention"]):
+            print(f"note: this run used the attention kernel {row['attention']}, not the one of the baseline")
+        if row["description"].endswith("faster"):
+            print("note: it is not kept, as its machine was faster. If that lasts, begin a new night from this head")
+    if passed[1:]:
+        print("one of the next ideas, on the new head:", *(f"tried/{row['commit']}" for row in passed[1:]))
+    speeds = [row["machine"] for row in rows + new if row["kind"] == "baseline"]
+    if new and new[-1]["kind"] == "baseline" and max(speeds) > (1 + MACHINE_TOLERANCE) * min(speeds):
+        print(f"note: the machine's speed differs between these runs: {min(speeds)} to {max(speeds)}. Is it busy?")
 
 
-def write_rows(rows, new, branch, trees):
-    """Write the notes of the commits, the table, and then tags, branch and worktrees."""
-    for tree in {Path(), *trees}:
-        if git("status", "--porcelain", "-uno", "--", "train.py", tree=tree):
-            raise PrepareError(f"{tree / 'train.py'} has changes without a commit: git stash, record, git stash pop")
-    lines = ["\t".join(row) for row in rows + new]
-    for commit in {row[0] for row in new}:
-        notes = [f"{i}\t{line}\n" for i, line in enumerate(lines) if line.startswith(commit)]
-        git("notes", f"--ref={branch}", "add", "-f", "-F", "-", commit, text="".join(notes))
-    with atomic_write(Path("results.tsv")) as f:
-        f.write("".join(f"{line}\n" for line in [HEADER, *lines]).encode())
-    follow(rows + new, trees)
-
-
-def follow(rows, trees):
-    """Bring tags, branch and worktrees in line with the table. Where it was cut off, it goes on."""
+def follow(night, rows):
+    """Bring table, tags, branch and worktrees in line with the rows. Where it was cut off, it goes on."""
+    write_table(rows)
     kept = kept_commits(rows)
-    tried = {row[0] for row in rows} - {*kept}
+    tried = {row["commit"] for row in rows} - {*kept}
     for commit in tried - {tag.removeprefix("tried/") for tag in git("tag", "--list", "tried/*").split()}:
         git("tag", "--no-sign", f"tried/{commit}", commit)
     if not kept:
         return
-    idea = find_idea(".", kept[-1])
-    if idea[:7] in tried and idea == git("rev-parse", "HEAD"):
-        git("reset", "-q", "--keep", "HEAD~1")
-    elif idea[:7] in tried:  # the human has committed something on top of it
-        git("revert", "--no-edit", idea)
-    git("merge", "-q", "--no-edit", kept[-1])  # no fast-forward if the human has committed program.md
-    for tree in {*trees} - {Path()}:
+    with edit_aside(Path()):
+        idea = find_idea(".", kept[-1])
+        if idea[:7] in tried and idea == git("rev-parse", "HEAD"):
+            git("reset", "-q", "--keep", "HEAD~1")
+        elif idea[:7] in tried:  # the human has committed something on top of it
+            git("revert", "--no-edit", idea)
+        git("merge", "-q", "--no-edit", kept[-1])  # no fast-forward if the human has committed program.md
+    for tree in {*night.trees} - {Path()}:
         if find_idea(tree, kept[-1])[:7] in {"", *tried}:  # an idea that has not run yet stays
-            git("reset", "-q", "--keep", git("rev-parse", "HEAD"), tree=tree)
+            with edit_aside(tree):
+                git("reset", "-q", "--keep", git("rev-parse", "HEAD"), tree=tree)
+
+
+@contextlib.contextmanager
+def edit_aside(tree):
+    """Puts an edit of train.py that has no commit aside while the tree moves, and then back."""
+    edited = git("status", "--porcelain", "-uno", "--", "train.py", tree=tree)
+    if edited:
+        git("stash", "push", "-q", "--", "train.py", tree=tree)
+    try:
+        yield
+    finally:
+        if edited:
+            try:
+                git("stash", "pop", "-q", tree=tree)
+            except subprocess.CalledProcessError:
+                git("checkout", "-q", "HEAD", "--", "train.py", tree=tree)
+                print(f"note: the edit of {tree / 'train.py'} does not fit the new head. It is kept: git stash show -p")
 
 
 def one_at_a_time():
-    return cache_lock(Path(git("rev-parse", "--absolute-git-dir")))  # two at once would lose a row or a kept commit
+    return cache_lock(Path(git("rev-parse", "--path-format=absolute", "--git-common-dir")))  # one for all worktrees
 
 
-def night(command, *words):
+def night_command(command, *words):
     """`run`, `decide`, `record`. Returns the exit status. Raises PrepareError, or CalledProcessError of git."""
     sys.stdout.reconfigure(errors="backslashreplace")
     if command == "run":
-        return run(*words)
+        return start_runs(*words)
+    if command == "supervise":
+        return supervise(Path(*words))
     if (command, *words) == ("decide",):
         return decide()
     if command == "record" and words in ((), ("discard",)):
-        with one_at_a_time():
-            return decide(record=True, veto=bool(words))
+        return decide(record=True, veto=bool(words))
     raise PrepareError("the commands of a night are `prepare.py run`, `decide`, `record` and `record discard`")
 
 
@@ -1532,10 +1611,8 @@ def option(name):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["supervise"]:
-            return supervise(Path(argv[1]))
-        if argv[:1] in (["run"], ["decide"], ["record"]):
-            return night(*argv)
+        if argv[:1] in NIGHT:
+            return night_command(*argv)
         prepare(parse_arguments(argv))
         return 0
     except subprocess.CalledProcessError as error:
