@@ -1361,7 +1361,7 @@ def decide(record=False, veto=False):
     for tree, (state, run, _) in found.items():
         name = plan[tree].name(tree)
         if state == "new":
-            texts["wait" if queue else "run"].append(f"{name} has not started{' (see squeue --me)' * bool(queue)}")
+            texts["wait" if queue else "run"].append(f"{name} has not started{' (or waits in squeue --me)' * bool(queue)}")
         elif state == "cut off":
             texts["run"].append(f"{name} was cut off ({last_words(tree)})")
         elif state != "ended":

@@ -71,20 +71,26 @@ class Night(Clone):
         return self.sh(f"uv run prepare.py {command} 2>&1", ok=False)
 
     def waiting(self):
-        printed = self.decide().partition("not ended:")[2]
-        return [int(i) for i in re.findall(r"^  \.waves/(\d+)", printed, re.M)]
+        """What `decide` says is to be done, for which worktrees (the first two that it names), and how many"""
+        printed = self.decide()
+        named = [int(i) for i in re.findall(r"\.waves/(\d+): \w+ \w{7}, seed", printed)]
+        return printed.split(":")[0], named, len(named) + int((re.findall(r"; and (\d+) more", printed) or [0])[0])
 
     def idea(self, i, value, fault="", what=None, name="VALUE"):
         self.edit(value, fault, f".waves/{i}", name)
         self.sh(f"git -C .waves/{i} commit -qam '{what or f'idea {i}'}'")
         self.commits.add(self.at(i))
 
-    def baselines(self):
-        """Wave 1 without its runs."""
+    def baselines(self, monkeypatch):
+        """Wave 1 without its runs. The working directory becomes the clone."""
+        monkeypatch.chdir(self.folder)
+        more = dict(memory_gb="0.5", status="keep", kind="baseline", wave=1, machine=0.9, attention="sdpa")
+        more |= dict(commit=self.base, harness="0123456789ab", prepared="")
         rows = [
-            f"{self.base}\t{1 + NOISE[(i - 1) % 8]:.6f}\t0.5\tkeep\twave 1: baseline, seed {i - 1}\n" for i in self.all
+            more | dict(number=i, seed=i, val_bpb=f"{1 + NOISE[i % 8]:.6f}", description=f"wave 1: baseline, seed {i}")
+            for i in range(max(4, len(self.all)))
         ]
-        (self.folder / "results.tsv").write_text(prepare.HEADER + "\n" + "".join(rows))
+        prepare.write_rows(prepare.open_night(), rows)
 
     def wave(self, only=None, check=False):
         """Run, decide, record; what `record` prints."""
@@ -132,7 +138,7 @@ def slurm(cluster):
 def test_waves_of_eight_through_slurm(tmp_path, slurm, session_cache):
     night = Night(tmp_path, 8, session_cache, slurm)
     # Wave 1: the noise. Two nodes with two GPUs each, so half of the runs wait in the queue
-    assert night.waiting() == list(night.all)
+    assert night.waiting() == ("wait", [1, 2], 8)
     night.start()
     assert len(night.alive()) == 8
     night.wait(lambda: not night.alive())
@@ -186,9 +192,9 @@ def jobs(night):
     return dict(line.split() for line in night.sh("squeue -hr -t R -o '%K %F_%K'").splitlines())
 
 
-def test_every_fault_through_slurm(tmp_path, slurm, session_cache):
+def test_every_fault_through_slurm(tmp_path, slurm, session_cache, monkeypatch):
     night = Night(tmp_path, 8, session_cache, slurm)
-    night.baselines()
+    night.baselines(monkeypatch)
     faults = {
         1: "report['problems'] = ['too late']",
         2: "raise SystemExit('no memory')",
@@ -209,7 +215,7 @@ def test_every_fault_through_slurm(tmp_path, slurm, session_cache):
     night.wait(lambda: not lives(night.pid(5)))  # else it may end by itself
     (night.folder / ".waves/go").touch()
     night.wait(lambda: not night.alive())
-    assert night.waiting() == [5, 6, 8]
+    assert night.waiting() == ("run", [5, 6], 2)  # 8 may be in the queue
     night.start([5, 6, 8])
     night.wait(lambda: not night.alive())
     # A run that exceeded its time has no number. The slip is mended
@@ -217,7 +223,7 @@ def test_every_fault_through_slurm(tmp_path, slurm, session_cache):
     night.idea(1, 0.71)
     night.sh("git -C .waves/1 reset -q --soft HEAD~2 && git -C .waves/1 commit -qm 'idea 1, mended'")
     night.commits = {night.base, *(night.at(i) for i in night.all)}
-    assert night.waiting() == [1]
+    assert night.waiting() == ("wait", [1], 1)
     commits = {i: night.at(i) for i in night.all}
     assert f"{night.at(1)}\t0.713000\t0.5\tkeep\twave 2: idea 1, mended" in night.wave()
     values = {1: 0.713, 2: 0, 3: 0, 4: 0, 5: 0.753, 6: 0.763, 7: 0, 8: 0.783}
@@ -227,9 +233,9 @@ def test_every_fault_through_slurm(tmp_path, slurm, session_cache):
     assert {i: len(night.starts(commits[i])) for i in night.all} == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2, 7: 1, 8: 1}
 
 
-def test_a_node_goes_away_and_the_controller_restarts(tmp_path, slurm, session_cache):
+def test_a_node_goes_away_and_the_controller_restarts(tmp_path, slurm, session_cache, monkeypatch):
     night = Night(tmp_path, 6, session_cache, slurm)
-    night.baselines()
+    night.baselines(monkeypatch)
     for i in night.all:
         night.idea(i, 0.7 + i / 100, HANG)
     night.start()
@@ -244,13 +250,13 @@ def test_a_node_goes_away_and_the_controller_restarts(tmp_path, slurm, session_c
     night.wait(lambda: len(night.alive()) == 4)
     # The controller stops and comes back; the runs go on
     slurm.stop("slurmctld", signal.SIGTERM)
-    assert night.waiting() == list(night.all)
+    assert night.waiting() == ("run", gone, 2)
     (night.folder / ".waves/go").touch()
     night.wait(lambda: "ran: " in night.log(min(set(night.all) - set(gone))))
     slurm.start("slurmctld")
     slurm.wait_for(lambda: "slurmctld is UP" not in slurm.run("squeue", ok=False), "slurmctld")
     night.wait(lambda: not night.alive())
-    assert night.waiting() == gone
+    assert night.waiting() == ("run", gone, 2)
     commits = {i: night.at(i) for i in night.all}
     night.wave(gone)
     assert {i: len(night.starts(commits[i])) for i in night.all} == {i: 1 + (i in gone) for i in night.all}
@@ -262,16 +268,13 @@ def test_a_node_goes_away_and_the_controller_restarts(tmp_path, slurm, session_c
 
 def test_a_record_that_dies_anywhere_goes_on(tmp_path, session_cache, monkeypatch):
     night = Night(tmp_path, 3, session_cache)
-    night.baselines()
-    with open(night.folder / "results.tsv", "a") as table:
-        table.write(f"{night.base}\t1.001000\t0.5\tkeep\twave 1: baseline, seed 3\n")
+    night.baselines(monkeypatch)
     for i, value in zip(night.all, (0.8, 0.9, 1.2)):
         night.idea(i, value)
     night.start()
     night.wait(lambda: not night.alive())
     for name, value in night.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.chdir(night.folder)
     calls, plain = [0], prepare.git
 
     def dying(*arguments, **options):
@@ -284,7 +287,7 @@ def test_a_record_that_dies_anywhere_goes_on(tmp_path, session_cache, monkeypatc
     for n in range(1, 99):
         calls[0] = n
         try:
-            prepare.night("record")
+            prepare.night_command("record")
         except KeyboardInterrupt:
             continue
         break
@@ -302,13 +305,13 @@ def test_waves_without_slurm(tmp_path, session_cache):
     night.start()
     night.wait(lambda: all(night.starts(night.at(i)) for i in night.all))
     night.wait(lambda: "ran: here:0 " in night.log(1))
-    assert "a run is going on" in night.sh(f"{RUN} 2>&1", ok=False)
+    assert "it is going on or has ended" in night.sh(f"{RUN} 2>&1", ok=False)
     # The machine goes down: a run and its supervisor
     os.kill(parent(night.pid(2)), signal.SIGKILL)
-    assert night.waiting() == [2, 3]
+    assert night.waiting() == ("run", [2], 1)
     (night.folder / ".waves/go").touch()
     night.wait(lambda: not night.alive())
-    assert night.waiting() == [2]
+    assert night.waiting() == ("run", [2], 1)
     commits = {i: night.at(i) for i in night.all}
     night.wave()
     assert [len(night.starts(commits[i])) for i in (2, 3)] == [2, 1]
@@ -327,16 +330,17 @@ def test_slips_of_the_agent(tmp_path, session_cache):
     # An idea of two commits
     night.idea(1, 0.9)
     night.idea(1, 0.8)
-    assert f"must be one commit on top of {night.base}" in night.sh(f"{RUN} 2>&1", ok=False) + night.decide("record")
+    for printed in (night.sh(f"{RUN} 2>&1", ok=False), night.decide("record")):
+        assert f"(in .waves/1) must be one commit on top of {night.base}" in printed
     night.sh("git -C .waves/1 reset -q --soft HEAD~2 && git -C .waves/1 commit -qm 'check whether\ttabs do harm'")
     night.commits = {night.base, night.at(1), night.at(2)}
     night.start()
     night.wait(lambda: not night.alive())
-    # Nothing is moved over an edit that has no commit
-    (night.folder / ".waves/1/train.py").write_text("an edit")
-    assert ".waves/1/train.py has changes without a commit" in night.decide("record")
-    night.sh("git -C .waves/1 restore train.py")
+    # An edit that has no commit stays
+    night.edit(-0.3, "", ".waves/1", "MORE")
     night.decide("record")
+    assert "+MORE = -0.3" in night.sh("git -C .waves/1 diff")
+    night.sh("git -C .waves/1 restore train.py")
     night.consistent()
     assert [[row[1], *row[3:]] for row in night.rows()[-2:]] == [
         ["0.803000", "discard", "wave 3: check whether tabs do harm, 9 steps"],
@@ -351,4 +355,4 @@ def test_slips_of_the_agent(tmp_path, session_cache):
     night.wait(lambda: not night.alive())
     run = night.folder / ".waves/1/run.json"
     run.write_text(re.sub('"problems": \\[', '"problems": ["too late"', run.read_text()))
-    assert "has no number: too late" in night.decide("record")
+    assert "once more: it has no number (too late)" in night.decide("record")
