@@ -790,14 +790,11 @@ clock = Clock()
 
 
 def work_rate(device):
-    """Products of two 2048 x 2048 matrices per second on this device, in a quarter of a second."""
-    matrix, count, began = torch.ones(2048, 2048, device=device), -1, 0.0
-    while count < 0 or time.monotonic() < began + 0.25:
-        for _ in range(8):
-            matrix @ matrix
-        torch.get_device_module(device).synchronize()
-        began, count = (time.monotonic(), 0) if count < 0 else (began, count + 8)  # the first ones load the library
-    return count / (time.monotonic() - began)
+    """Products of two 2048 × 2048 matrices per second on this device: fewer if others use it too."""
+    from torch.utils.benchmark import Timer
+
+    matrix = torch.ones(2048, 2048, device=device)
+    return 1 / Timer("matrix @ matrix", globals={"matrix": matrix}).blocked_autorange().median
 
 
 def machine_speed():
