@@ -805,7 +805,7 @@ def machine_speed():
     """
     if clock.rates:
         return statistics.mean(clock.rates)
-    return clock.worked / (clock.seconds() * torch.get_num_threads())
+    return clock.worked / ((clock.seconds() or math.inf) * torch.get_num_threads())
 
 
 def get_seed():
@@ -1050,12 +1050,12 @@ def bars(rows):
     return found, head, margin, n
 
 
-def git(*arguments, tree=".", text=None):
-    """What git prints. The user's settings and locale change nothing in it."""
+def git(*arguments, tree=".", text=None, stdout=subprocess.PIPE):
+    """What git prints, unless it goes to a file. The user's settings and locale change nothing in it."""
     settings = "log.showSignature=false i18n.logOutputEncoding=UTF-8 commit.gpgSign=false".split()
-    options = dict(encoding="utf-8", errors="replace", stderr=subprocess.PIPE, stdout=subprocess.PIPE, check=True)
+    options = dict(encoding="utf-8", errors="replace", stderr=subprocess.PIPE, stdout=stdout, check=True)
     command = ["git", "-C", str(tree), *(word for setting in settings for word in ("-c", setting)), *arguments]
-    return subprocess.run(command, input=text, **options).stdout.strip()
+    return (subprocess.run(command, input=text, **options).stdout or "").strip()
 
 
 class Night(NamedTuple):
@@ -1079,7 +1079,7 @@ def open_night():
 def write_rows(night, new):
     """Add rows to the notes of their commits, one JSON a line: all of them or none."""
     ref = f"refs/notes/{night.branch}"
-    stream = [f"commit {ref}\ncommitter {git('var', 'GIT_COMMITTER_IDENT')}\ndata 0\n"]
+    stream = [f"commit {ref}\ncommitter {git('var', 'GIT_COMMITTER_IDENT')}\ndata 4\nrows\n"]
     stream += [f"from {ref}^0\n"] if night.rows else []
     for commit in {row["commit"] for row in new}:
         note = "".join(json.dumps(row) + "\n" for row in night.rows + new if row["commit"] == commit)  # all is ASCII
@@ -1241,12 +1241,11 @@ def start_runs(*words):
 
 def begin(tree, job, branch, before):
     """Write the files of a run. What runs is a copy of the commit, so nobody edits it meanwhile."""
-    (tree / "run.py").write_text(git("show", f"{job.commit}:./train.py", tree=tree), encoding="utf-8")
+    with open(tree / "run.py", "wb") as f:
+        git("show", f"{job.commit}:./train.py", tree=tree, stdout=f)
     (tree / "run.log").unlink(missing_ok=True)  # a process that an earlier run left behind writes on into the old one
     tries = 1 + (before["tries"] if job_of(before) == job else 0)
-    write_json(
-        tree / "run.json", {**job._asdict(), "branch": branch, "tries": tries, "started": time.strftime("%F %T")}
-    )
+    write_json(tree / "run.json", {**job._asdict(), "branch": branch, "tries": tries, "started": time.time()})
     if git("status", "--porcelain", "-uno", "--", "train.py", tree=tree):
         print(f"note: {tree / 'train.py'} has changes that are not in this commit")
 
@@ -1254,7 +1253,13 @@ def begin(tree, job, branch, before):
 def supervise(tree):
     """Run run.py to its end, and renew the time of run.json meanwhile. Then write into it how the run ended."""
     path, limit = tree / "run.json", load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
-    env = {**os.environ, "SEED": str(json.loads(path.read_bytes())["seed"]), "AUTORESEARCH_RUN": str(path.resolve())}
+    first = json.loads(path.read_bytes())
+
+    def facts():
+        now = json.loads(path.read_bytes())
+        return now if now["started"] == first["started"] else sys.exit("this run ends, as another one was started here")
+
+    env = {**os.environ, "SEED": str(first["seed"]), "AUTORESEARCH_RUN": str(path.resolve())}
     env |= {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     popen = partial(subprocess.Popen, start_new_session=True)  # a process group of its own
@@ -1262,7 +1267,7 @@ def supervise(tree):
     # However this process ends, its end closes a pipe. The shell that reads it then ends the run and what it has begun
     end = popen(["sh", "-c", f"read line; kill -9 -{run.pid}"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + limit
-    while run.poll() is None and time.monotonic() < deadline:
+    while facts() and run.poll() is None and time.monotonic() < deadline:
         os.utime(path)
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(BEAT)
@@ -1275,7 +1280,7 @@ def supervise(tree):
         time.sleep(2)  # a cluster ends the whole job: the next signal is for this process
     end.communicate()
     status = run.wait()
-    write_json(path, {**json.loads(path.read_bytes()), "exit": status, "reason": reason or last_words(tree, status)})
+    write_json(path, {**facts(), "exit": status, "reason": reason or last_words(tree, status)})
     return 0
 
 
@@ -1286,7 +1291,7 @@ def last_words(tree, status=0):
     lines = [line for line in text.splitlines() if line.strip()] or [""]
     errors = [line for line in lines if ERROR.match(line)] if status else []
     killed = f"killed by {signal.Signals(-status).name}: " if status < 0 and not errors else ""
-    return one_line(killed + (errors or lines)[-1])
+    return one_line(killed + (errors or lines)[-1]) or "no output"
 
 
 def one_line(text):
@@ -1358,7 +1363,9 @@ def decide(record=False, veto=False):
     for tree, (state, run, _) in found.items():
         name = plan[tree].name(tree)
         if state == "new":
-            texts["wait" if queue else "run"].append(f"{name} has not started{' (or waits in squeue --me)' * bool(queue)}")
+            texts["wait" if queue else "run"].append(
+                f"{name} has not started{' (or waits in squeue --me)' * bool(queue)}"
+            )
         elif state == "cut off":
             texts["run"].append(f"{name} was cut off ({last_words(tree)})")
         elif state != "ended":
@@ -1429,7 +1436,7 @@ def follow(night, rows):
             git("reset", "-q", "--keep", "HEAD~1")
         elif idea[:7] in tried:  # the human has committed something on top of it
             git("revert", "--no-edit", idea)
-        git("merge", "-q", "--no-edit", kept[-1])  # no fast-forward if the human has committed program.md
+        git("merge", "-q", "--no-edit", "--ff", kept[-1])  # no fast-forward if the human has committed program.md
     for tree in {*night.trees} - {Path()}:
         if find_idea(tree, kept[-1])[:7] in {"", *tried}:  # an idea that has not run yet stays
             with edit_aside(tree):
@@ -1460,6 +1467,8 @@ def one_at_a_time():
 def night_command(command, *words):
     """`run`, `decide`, `record`. Returns the exit status. Raises PrepareError, or CalledProcessError of git."""
     sys.stdout.reconfigure(errors="backslashreplace")
+    here = Path(__file__).resolve().parent  # the same from every folder
+    os.chdir(here.parent.parent if here.parent.name == ".waves" else here)
     if command == "run":
         return start_runs(*words)
     if command == "supervise":

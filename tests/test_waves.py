@@ -84,6 +84,7 @@ class Night(Clone):
     def baselines(self, monkeypatch):
         """Wave 1 without its runs. The working directory becomes the clone."""
         monkeypatch.chdir(self.folder)
+        monkeypatch.setattr(prepare, "__file__", str(self.folder / "prepare.py"))
         more = dict(memory_gb="0.5", status="keep", kind="baseline", wave=1, machine=0.9, attention="sdpa")
         more |= dict(commit=self.base, harness="0123456789ab", prepared="")
         rows = [
@@ -338,7 +339,7 @@ def test_slips_of_the_agent(tmp_path, session_cache):
     night.wait(lambda: not night.alive())
     # An edit that has no commit stays
     night.edit(-0.3, "", ".waves/1", "MORE")
-    night.decide("record")
+    night.sh("cd .waves/1 && uv run prepare.py record")  # as from the clone
     assert "+MORE = -0.3" in night.sh("git -C .waves/1 diff")
     night.sh("git -C .waves/1 restore train.py")
     night.consistent()
