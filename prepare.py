@@ -1110,6 +1110,8 @@ CHECK_SEEDS = (100, 101, 102)  # seeds that had no part in the choice of what wa
 GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before it is ended
 BEAT, WATCH = 3, 15  # seconds between two signs of life of a run; seconds without one after which it was cut off
 DECIDE_WAIT = 45  # seconds that `decide` waits for runs: many agents' shells end a command after a minute
+NEW, MAYBE, ALIVE = "has not started", "may go on", "goes on"
+CUT_OFF, AGAIN, ENDED = "was cut off", "must run once more", "has ended"
 ERROR = re.compile(r"Fatal Python error|train\.py: error|[\w.]*(Error|Exception|Interrupt)\b")
 
 
@@ -1132,8 +1134,8 @@ def plan_runs(night, check=False):
     ran = {(row["commit"], row["seed"]) for row in night.rows}
     kept = kept_commits(night.rows) or ["HEAD"]
     base, head = git("rev-parse", kept[0], kept[-1]).split()
-    begun = [job_of(read_run(tree, night.branch)[0]) for tree in night.trees]
-    if check or any(job.kind == "check" and (job.commit[:7], job.seed) not in ran for job in begun):
+    begun = [read_run(tree, night.branch)[0] for tree in night.trees]
+    if check or any(job and job.kind == "check" and (job.commit[:7], job.seed) not in ran for job in begun):
         jobs = [Job(commit, "check", seed) for seed in CHECK_SEEDS for commit in dict.fromkeys([base, head])]
     elif base == head and len(night.rows) < BASELINES + (len(night.trees) > 1):
         jobs = [Job(base, "baseline", seed) for seed in range(len(night.rows) + len(night.trees))]
@@ -1165,40 +1167,36 @@ def check_idea(idea, tree, head):
 
 
 def read_run(tree, branch):
-    """(what run.json of a tree says, the time of its last sign of life), or ({}, 0) without a run of this night."""
+    """(its Job, what run.json says, its time) of a tree's last run; (None, {}, 0) if there is none of this night."""
     with contextlib.suppress(FileNotFoundError, ValueError), open(tree / "run.json", "rb") as f:
         run = json.load(f)  # opening the file asks a network disk for its time of now
         if run["branch"] == branch:
-            return run, os.fstat(f.fileno()).st_mtime_ns
-    return {}, 0
+            return Job(run["commit"], run["kind"], run["seed"]), run, os.fstat(f.fileno()).st_mtime_ns
+    return None, {}, 0
 
 
-def job_of(run):
-    return Job(*(run.get(name) for name in Job._fields))
+def look(night, plan, wait_for, seconds):
+    """{tree: (state, run, time)} of the trees in the plan, after `seconds`, or when no state is in `wait_for`.
 
-
-def look(night, plan, seconds, wait_for):
-    """{tree: (state, run, sign)} of the trees in the plan, after `seconds`, or when no state is one of `wait_for`.
-
-    The states: new (not started), unsure (no sign of life seen yet), going on, cut off, ended. A run is cut off if the
-    time of run.json stands still while we watch. So no clock and no lock of another machine is trusted.
+    A run is cut off if the time of its run.json stands still while we watch. So no clock and no lock of another machine
+    is trusted.
     """
-    began, first = time.monotonic(), {tree: read_run(tree, night.branch)[1] for tree in plan}
+    began, first = time.monotonic(), {tree: read_run(tree, night.branch)[2] for tree in plan}
     while True:
         found, passed = {}, time.monotonic() - began
-        for tree, job in plan.items():
-            run, sign = read_run(tree, night.branch)
-            if job_of(run) != job:
-                state = "new"
+        for tree, planned in plan.items():
+            job, run, renewed = read_run(tree, night.branch)
+            if job != planned:
+                state = NEW
             elif "exit" in run:
-                state = "ended"
-            elif sign != first[tree]:
-                state = "going on"
+                state = AGAIN if why_again(run, night.rows) else ENDED
+            elif renewed != first[tree]:
+                state = ALIVE
             else:
-                state = "unsure" if passed < WATCH else "cut off"
-            found[tree] = state, run, sign
+                state = MAYBE if passed < WATCH else CUT_OFF
+            found[tree] = state, run, renewed
         states = {state for state, *_ in found.values()}
-        if not states & {*wait_for} or "cut off" in states or passed > seconds:
+        if not states & {*wait_for} or CUT_OFF in states or passed > seconds:
             return found
         time.sleep(0.5)
 
@@ -1215,14 +1213,14 @@ def start_runs(*words):
     load_manifest(cache_dir())  # if nothing is prepared, this says so
     night = open_night()
     plan = {tree: job for tree, job in plan_runs(night, check).items() if tree.name in (numbers or [tree.name])}
-    found, started = look(night, plan, WATCH, ["unsure"]), []
+    found, started = look(night, plan, [MAYBE], WATCH), []
     with one_at_a_time():
         if open_night() != night:
             raise PrepareError("another command has changed the night meanwhile: run this again")
-        for tree, (state, facts, sign) in found.items():
-            wanted = state in ("new", "cut off") or (state == "ended" and why_again(facts, night.rows))
-            if wanted and read_run(tree, night.branch)[1] == sign:  # else another command has started it
-                begin(tree, plan[tree], night.branch, facts)
+        for tree, (state, run, renewed) in found.items():
+            # The time: another command may have started it while we looked
+            if state in (NEW, CUT_OFF, AGAIN) and read_run(tree, night.branch)[2] == renewed:
+                begin(tree, plan[tree], night.branch, tries=1 if state == NEW else run["tries"] + 1)
                 started.append(tree)
     if not started:
         reason = "it is going on or has ended: `uv run prepare.py decide`" if plan else "commit an idea"
@@ -1239,12 +1237,11 @@ def start_runs(*words):
     return supervisor.wait() if numbers else 0
 
 
-def begin(tree, job, branch, before):
+def begin(tree, job, branch, tries):
     """Write the files of a run. What runs is a copy of the commit, so nobody edits it meanwhile."""
     with open(tree / "run.py", "wb") as f:
         git("show", f"{job.commit}:./train.py", tree=tree, stdout=f)
     (tree / "run.log").unlink(missing_ok=True)  # a process that an earlier run left behind writes on into the old one
-    tries = 1 + (before["tries"] if job_of(before) == job else 0)
     write_json(tree / "run.json", {**job._asdict(), "branch": branch, "tries": tries, "started": time.time()})
     if git("status", "--porcelain", "-uno", "--", "train.py", tree=tree):
         print(f"note: {tree / 'train.py'} has changes that are not in this commit")
@@ -1313,10 +1310,14 @@ def problem_of(run):
 
 
 def machine_change(report, rows):
-    """What is to be said of the speed of a run's machine, if it is far from the baseline's, else ""."""
+    """How much faster the machine of a run was than the baseline's (0.2: a fifth); 0.0 within the tolerance."""
     speeds = [row["machine"] for row in rows if row["kind"] == "baseline"]
-    change = report["machine"] / statistics.mean(speeds) - 1 if speeds else 0
-    return f"machine {abs(change):.0%} {'slower' if change < 0 else 'faster'}" * (abs(change) > MACHINE_TOLERANCE)
+    change = report["machine"] / statistics.mean(speeds) - 1 if speeds else 0.0
+    return change if abs(change) > MACHINE_TOLERANCE else 0.0
+
+
+def machine_text(change):
+    return f"machine {abs(change):.0%} {'slower' if change < 0 else 'faster'} than the baseline's" if change else ""
 
 
 def why_again(run, rows):
@@ -1328,25 +1329,24 @@ def why_again(run, rows):
         return f"its harness is {report['harness']}, the baseline's {rows[0]['harness']}: first {first}"
     if problem:
         return f"it has no number ({problem})" if run["kind"] != "idea" else None
-    if run["kind"] != "baseline" and run["tries"] == 1 and (change := machine_change(report, rows)):
-        return f"{change} than for the baseline"
+    if run["kind"] != "baseline" and run["tries"] == 1:
+        return machine_text(machine_change(report, rows)) or None
 
 
 def new_row(run, rows):
-    """The row of a run that has ended, a dict. An idea is discarded until `decide` compares it with the others."""
+    """The row of a run that has ended, a dict. An idea is discarded until `judge` compares it with the others."""
     commit, kind, report, problem = run["commit"][:7], run["kind"], run.get("report", {}), problem_of(run)
     what = one_line(git("log", "-1", "--format=%s", commit)) if kind == "idea" else f"{kind}, seed {run['seed']}"
-    row = {"commit": commit, "kind": kind, "seed": run["seed"]}
+    row = {"commit": commit, "val_bpb": "0.000000", "memory_gb": "0.0", "status": "crash"}
+    row |= {"description": f"{what}: {one_line(problem or '')}", "kind": kind, "seed": run["seed"], "change": 0.0}
     row |= {name: report.get(name) for name in ("harness", "prepared", "attention", "machine")}
-    if problem:
-        status, description = "crash", f"{what}: {one_line(problem)}"
-        return row | {"val_bpb": "0.000000", "memory_gb": "0.0", "status": status, "description": description}
-    status, description = "discard" if kind == "idea" else "keep", f"{what}, {report['num_steps']} steps"
-    if kind != "baseline" and (change := machine_change(report, rows)):
-        description += f", {change}"
-    return (
-        row | {name: report[name] for name in ("val_bpb", "memory_gb")} | dict(status=status, description=description)
-    )
+    if not problem:
+        row |= {"val_bpb": report["val_bpb"], "memory_gb": report["memory_gb"]}
+        row |= {"status": "discard" if kind == "idea" else "keep", "change": machine_change(report, rows)}
+        row["description"] = ", ".join(
+            filter(None, [what, f"{report['num_steps']} steps", machine_text(row["change"])])
+        )
+    return row
 
 
 def decide(record=False, veto=False):
@@ -1357,24 +1357,14 @@ def decide(record=False, veto=False):
     """
     night = open_night()
     plan = plan_runs(night)
-    queue = night.trees != [Path()] and shutil.which("sbatch")  # what has not started may wait in the queue of Slurm
-    found = look(night, plan, DECIDE_WAIT, ["unsure", "going on"] + ["new"] * bool(queue))
-    texts = {"run": [], "wait": []}
-    for tree, (state, run, _) in found.items():
-        name = plan[tree].name(tree)
-        if state == "new":
-            texts["wait" if queue else "run"].append(
-                f"{name} has not started{' (or waits in squeue --me)' * bool(queue)}"
-            )
-        elif state == "cut off":
-            texts["run"].append(f"{name} was cut off ({last_words(tree)})")
-        elif state != "ended":
-            texts["wait"].append(f"{name} goes on ({last_words(tree)})")
-        elif reason := why_again(run, night.rows):
-            texts["run"].append(f"{name} once more: {reason}")
-    for word in ("run", "wait"):
-        if texts[word]:
-            print(f"{word}: {some(texts[word])}" + " → uv run prepare.py run" * (word == "run"))
+    in_queue = night.trees != [Path()] and shutil.which("sbatch")  # what has not started may wait in Slurm's queue
+    words = {CUT_OFF: "run", AGAIN: "run", NEW: "wait" if in_queue else "run", MAYBE: "wait", ALIVE: "wait"}
+    found = look(night, plan, [state for state in words if words[state] == "wait"], DECIDE_WAIT)
+    for word, remedy in ("run", " → uv run prepare.py run"), ("wait", ""):
+        states = [(tree, state, run) for tree, (state, run, _) in found.items() if words.get(state) == word]
+        if states:
+            texts = [describe(tree, plan[tree], state, run, night.rows) for tree, state, run in states]
+            print(f"{word}: {some(texts)}{remedy}")
             return int(record)
     new = [new_row(run, night.rows) for _, run, _ in found.values()]
     wave = 1 + max((row["wave"] for row in night.rows), default=0)
@@ -1394,6 +1384,13 @@ def decide(record=False, veto=False):
     return 0
 
 
+def describe(tree, job, state, run, rows):
+    text = f"{job.name(tree)} {state}"
+    if state == AGAIN:
+        return f"{text}: {why_again(run, rows)}"
+    return text if state == NEW else f"{text} ({last_words(tree)})"
+
+
 def judge(rows, new, veto):
     """Say which of the new rows is kept, and by which bar; its status becomes keep."""
     facts = [(row["commit"], float(row["val_bpb"]), row["status"], row["description"]) for row in rows + new]
@@ -1403,22 +1400,20 @@ def judge(rows, new, veto):
     bar = "the baseline comes first" if math.isnan(head) else f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}"
     print(f"{'record' if new else 'idea'}: {bar}")
     passed = [row for row, limit in zip(new, limits) if row["status"] == "discard" and float(row["val_bpb"]) < limit]
-    passed = [
-        row for row in sorted(passed, key=lambda row: row["val_bpb"]) if not row["description"].endswith("faster")
-    ]
+    passed = sorted((row for row in passed if row["change"] <= 0), key=lambda row: row["val_bpb"])
     if passed and not veto:
         passed[0]["status"] = "keep"
     for row in new:
         print("\t".join(row[name] for name in HEADER.split("\t")))
         if row["attention"] not in (None, (rows + new)[0]["attention"]):
             print(f"note: this run used the attention kernel {row['attention']}, not the one of the baseline")
-        if row["description"].endswith("faster"):
-            print("note: it is not kept, as its machine was faster. If that lasts, begin a new night from this head")
+        if row["change"] > 0 and row["kind"] == "idea":
+            print("note: a faster machine keeps nothing. If it stays so, begin a new night from this head")
     if passed[1:]:
         print("one of the next ideas, on the new head:", *(f"tried/{row['commit']}" for row in passed[1:]))
     speeds = [row["machine"] for row in rows + new if row["kind"] == "baseline"]
     if new and new[-1]["kind"] == "baseline" and max(speeds) > (1 + MACHINE_TOLERANCE) * min(speeds):
-        print(f"note: the machine's speed differs between these runs: {min(speeds)} to {max(speeds)}. Is it busy?")
+        print(f"note: these runs were on a machine of speed {min(speeds):.3g} to {max(speeds):.3g}: is it busy?")
 
 
 def follow(night, rows):

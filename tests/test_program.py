@@ -362,7 +362,7 @@ def test_a_baseline_needs_a_number(clone):
     clone.sh("git switch -q -c autoresearch/t && git commit -qam 'a bad start'")
     for _ in range(2):
         clone.run()
-        assert "once more: it has no number (ZeroDivisionError" in clone.record()
+        assert "must run once more: it has no number (ZeroDivisionError" in clone.record()
 
 
 def test_another_machine_or_kernel_is_said(clone):
@@ -370,10 +370,15 @@ def test_another_machine_or_kernel_is_said(clone):
     # Slower: once more, then it counts. Faster: it is never kept
     for value, speed, text in ((0.9, 0.7, "22% slower"), (0.8, 1.2, "33% faster")):
         commit = clone.idea(value, text, f"report |= dict(machine={speed}, attention='flex')")
-        assert f"run: idea {commit}, seed 0 once more: machine {text} than for the baseline" in clone.record()
+        assert (
+            f"run: idea {commit}, seed 0 must run once more: machine {text} than the baseline's → uv" in clone.record()
+        )
         clone.run()
         printed = clone.record()
-        assert f"\t{text}, 9 steps, machine {text}\n" in printed and "kernel flex, not the one of the base" in printed
+        assert (
+            f"\t{text}, 9 steps, machine {text} than the baseline's\n" in printed
+            and "kernel flex, not the one of the base" in printed
+        )
         assert clone.rows()[-1][3] == ("keep" if "slower" in text else "discard")
     commit = clone.idea(0.7, "within a tenth", "report['machine'] = 0.97")
     assert f"{commit}\t0.703000\t0.5\tkeep\twithin a tenth, 9 steps\n" in clone.record()
@@ -386,7 +391,7 @@ def test_baselines_on_machines_that_differ_are_said(clone):
     said = []
     for _ in range(3):
         clone.run()
-        said.append("machine's speed differs between these runs: 0.8 to 0.9" in clone.record())
+        said.append("these runs were on a machine of speed 0.8 to 0.9" in clone.record())
     assert said == [False, True, True]
 
 

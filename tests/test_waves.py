@@ -356,4 +356,4 @@ def test_slips_of_the_agent(tmp_path, session_cache):
     night.wait(lambda: not night.alive())
     run = night.folder / ".waves/1/run.json"
     run.write_text(re.sub('"problems": \\[', '"problems": ["too late"', run.read_text()))
-    assert "once more: it has no number (too late)" in night.decide("record")
+    assert "must run once more: it has no number (too late)" in night.decide("record")
