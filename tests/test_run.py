@@ -19,7 +19,7 @@ import prepare
 
 BLOCK = (
     "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth "
-    "seed attention device harness"
+    "seed attention device harness machine"
 ).split()
 
 
@@ -279,3 +279,30 @@ def test_a_cache_without_a_whole_path_is_one_line(monkeypatch, capsys):
     assert prepare.main(["--corpus=source"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "cache is a relative path" in error
+
+
+def test_the_machine_is_the_share_of_its_threads_time_while_the_clock_ran(cache, now, monkeypatch):
+    work = [7.0]
+    monkeypatch.setattr(prepare.time, "process_time", lambda: work[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert prepare.machine_speed() == 0
+    prepare.clock.start()
+    now[0], work[0] = now[0] + 2, work[0] + 6
+    prepare.clock.stop()
+    work[0] += 5  # of the evaluation
+    assert prepare.machine_speed() == 6 / (2 * 4)
+
+
+def test_the_machine_of_an_accelerator_is_measured_before_and_after(cache, monkeypatch):
+    rates = [100.0, 40.0]  # a second process came in the middle
+    monkeypatch.setattr(prepare, "work_rate", lambda device: rates.pop(0))
+    monkeypatch.setattr(prepare, "get_device", lambda: SimpleNamespace(type="mps"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(synchronize=lambda: None))
+    prepare.start_run()
+    with pytest.raises(ValueError, match="batch_size"):  # the clock has stopped before
+        prepare.evaluate_bpb(None, None, 0)
+    assert prepare.machine_speed() == 70 and not rates
+
+
+def test_a_rate_is_of_the_device_at_hand():
+    assert prepare.work_rate(torch.device("cpu")) > 0.1
