@@ -690,20 +690,23 @@ def make_dataloader(tokenizer, B, T, split):
     """Yields (x, y, epoch) forever: int64 tensors (B, T) on the device, y being the tokens that follow x's.
 
     Every row starts with BOS and is packed as `pack_rows` says. The same split, B and T give the same batches. A batch
-    that was handed out never changes. The first one starts the clock. Raises PrepareError, or ValueError for an
-    impossible B, T or split.
+    that was handed out never changes. The first one of training starts the clock. One of validation before the
+    evaluation makes the run void. Raises PrepareError, or ValueError for an impossible B, T or split.
     """
     if B < 1 or T < 1:
         raise ValueError(f"make_dataloader needs B ≥ 1 and T ≥ 1, got B={B}, T={T}")
     tokens = read_tokens(split)
     if tokenizer.get_vocab_size() != constants()["VOCAB_SIZE"]:
         raise PrepareError("this tokenizer is not the one that made the tokens: use Tokenizer.from_directory()")
-    return on_the_clock(batches(tokens, B, T, get_device()))
+    return on_the_clock(batches(tokens, B, T, get_device()), split)
 
 
-def on_the_clock(items):
+def on_the_clock(items, split):
     for item in items:
-        clock.start()
+        if split == "val":
+            clock.val_seen = True
+        else:
+            clock.start()
         yield item
 
 
@@ -738,10 +741,13 @@ class Clock:
     """The time that a model has to learn in, from the first training batch to the beginning of evaluation.
 
     Everything in between counts. Another batch or evaluation after that continues the time as if it had never stopped.
+    `val_bpb` is the number of the last evaluation, None before it and if it failed.
     """
 
     def __init__(self):
-        self.started = self.stopped = None
+        self.started = self.stopped = self.val_bpb = None
+        self.evaluations = 0  # since the start
+        self.val_seen = self.val_seen_before = False  # was validation text handed out, and before the evaluation?
         self.asked = [0.0, 0.0, 0.0]  # seconds() at the last three calls of time_is_up()
 
     def start(self):
@@ -752,8 +758,10 @@ class Clock:
         self.stopped = None
 
     def stop(self):
+        self.val_bpb, self.val_seen_before = None, self.val_seen
         if self.started is not None:
             self.stopped = time.monotonic()
+            self.evaluations += 1
 
     def seconds(self):
         """Seconds of training so far; 0.0 before the first batch."""
@@ -776,11 +784,14 @@ class Clock:
         return self.progress() >= 1.0 or self.asked[-1] + step > self.limit()
 
     def problem(self):
-        """Why the time of training breaks the rules, or None."""
+        """Why the training breaks the rules, or None."""
         if self.started is None:
             return "no batch of training data was asked for, so the clock never ran"
+        if self.val_seen_before:
+            return 'make_dataloader(…, "val") handed out validation text before the evaluation'
         if self.seconds() > self.limit():
-            return f"training took {self.seconds():.1f} s of a budget of {constants()['TIME_BUDGET']} s"
+            twice = "evaluate_bpb was called twice: the first evaluation counts as training. " * (self.evaluations > 1)
+            return f"{twice}training took {self.seconds():.1f} s of a budget of {constants()['TIME_BUDGET']} s"
         return None
 
 
@@ -814,7 +825,12 @@ def start_run():
 
 
 def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, attention):
-    """Print the block that every tool greps. The harness adds what it knows itself. `run` finds it in run.json too."""
+    """Print the block that every tool greps. The harness adds what it knows itself. `run` finds it in run.json too.
+
+    Raises PrepareError if val_bpb is not the number that `evaluate_bpb` returned last.
+    """
+    if clock.val_bpb is None or f"{val_bpb:.6f}" != f"{clock.val_bpb:.6f}":
+        raise PrepareError(f"report() got {val_bpb}, the last evaluate_bpb() returned {clock.val_bpb}: pass that on")
     memory, seed = peak_memory_mb(), torch.initial_seed()
     other = seed != get_seed() and f"train.py set torch's seed to {seed}, the harness set it to SEED={get_seed()}"
     problems = [problem for problem in (clock.problem(), other) if problem]
@@ -849,7 +865,7 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, 
 
 
 def evaluate_bpb(model, tokenizer, batch_size):
-    """Bits per byte of the validation text: Σ nats / (ln 2 · Σ bytes). Stops the clock.
+    """Bits per byte of the validation text: Σ nats / (ln 2 · Σ bytes). Stops the clock. The last call counts.
 
     `model(x)`, x int64 (batch_size, MAX_SEQ_LEN), returns the logits (batch_size, MAX_SEQ_LEN, V), finite, of any
     floating-point type. It never sees the targets: the softmax is done here, in float32, the sums in float64.
@@ -879,7 +895,8 @@ def evaluate_bpb(model, tokenizer, batch_size):
         rows = list(islice(pack_rows(tokens, T, forever=False), constants()["EVAL_TOKENS"] // T))
         token_bytes = get_token_bytes(device)  # the prepared tokenizer's, not those of the one passed in
         with torch.no_grad():
-            return score_rows(model, tokens, rows, T, token_bytes, batch_size, device)
+            clock.val_bpb = score_rows(model, tokens, rows, T, token_bytes, batch_size, device)
+        return clock.val_bpb
     finally:
         if was_training:
             model.train()
