@@ -16,9 +16,8 @@ import contextlib
 import csv
 import ctypes
 import fcntl
-import glob
-import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -38,13 +37,14 @@ from bisect import bisect_left
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, partial
-from itertools import count, groupby, islice, pairwise
+from itertools import chain, count, groupby, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 NIGHT = __name__ == "__main__" and sys.argv[1:2] in (["run"], ["decide"], ["record"], ["supervise"])
 if not NIGHT:  # these commands need none of it, and importing it takes seconds
     import numpy as np
+    import pyarrow as pa
     import pyarrow.parquet as pq
     import requests
     import tiktoken
@@ -79,6 +79,7 @@ TOKENIZER_DOC_CHARS = 10_000  # of one document, so that no long document domina
 DOCUMENT_CHARS = 4_000  # a longer document is cut (not in climbmix): a row takes a document whole or its beginning
 VAL_SHARE = 0.05  # share of the text that is validation, if nothing is named so
 MIN_VAL_ROWS = 16  # fewer validation rows say nothing
+MOST_REPEATED = 0.5  # share of the validation documents that may be training documents too
 BUFFER_DOCS, REFILL_DOCS = 1_000, 128  # documents from which a row is packed; documents read at a time
 PREFETCH = 3  # batches made ahead
 
@@ -212,8 +213,10 @@ def fingerprint():
 # -----------------------------------------------------------------------------
 # Corpus: files in reading order, the documents in them, and which of these are validation
 
-KINDS = (".parquet", ".jsonl", ".csv", ".txt", ".md")  # of a user's own files, each also with .gz
+KINDS = (".parquet", ".jsonl", ".csv", ".txt", ".md")  # of a user's own files
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # of all but .parquet
 VAL_NAME = re.compile(r"(?i)(?<![a-z])(val|valid|validation|dev|test)(?![a-z])")  # not latest.txt
+MOST_LACKING = 0.01  # share of the rows of a file that may lack the column of the text
 
 
 class Corpus:
@@ -225,6 +228,7 @@ class Corpus:
     def __init__(self, train, val, note, column="text", length=DOCUMENT_CHARS):
         self.paths, self.shared, self.note = {"train": train, "val": val}, train == val, note
         self.column, self.length = column, length
+        self.lacking = {}  # {path: number of its rows without the column}
 
     def key(self, split):
         """Hex key of a split: other files (name, size, modification time) or another way to read them change it."""
@@ -233,17 +237,49 @@ class Corpus:
 
     @cached_property
     def chars(self):
-        return sum(map(len, read_texts(self.paths["train"], self.column)))
+        return sum(len(text) for _, text in self.texts("train"))
 
     def documents(self, split):
         """Yields the documents (str) of a split, none of them empty. Raises PrepareError for a file of no use."""
+        return (piece for _, piece in self.pieces(split))
+
+    def pieces(self, split):
+        """Yields (path, document)."""
         start = 0
-        for text in read_texts(self.paths[split], self.column):
+        for path, text in self.texts(split):
             for piece in cut(text, self.length):
                 side = ("val" if start >= (1 - VAL_SHARE) * self.chars else "train") if self.shared else split
                 if side == split and piece.strip():
-                    yield piece
+                    yield path, piece
                 start += len(piece)
+
+    def texts(self, split):
+        """Yields (path, text), the text of null being "". Rows without the column are counted and passed over."""
+        for path in tqdm(self.paths[split], desc="reading", unit="file", leave=False, disable=None):
+            number, lacking = 0, 0
+            try:
+                for row in read_rows(path, self.column):
+                    if self.column in row:
+                        yield path, as_text(row[self.column], self.column)
+                    else:
+                        lacking, columns = lacking + 1, ", ".join(f"{name} ({kind_of(row[name])})" for name in row)
+                    number += 1
+                    if lacking > max(100, MOST_LACKING * number):  # the end of the file would not change it
+                        break
+            except Exception as error:  # of many kinds: every format has a library of its own
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise PrepareError(f"{path} can't be used (row {number + 1}: {reason}): fix or remove it") from error
+            if lacking > MOST_LACKING * number:
+                text = f"{path} can't be used: {lacking:,} of {number:,} rows have no {self.column}"
+                raise PrepareError(f"{text}; there is {columns}: choose by --text-column NAME")
+            self.lacking[path] = lacking
+
+    def find_repeated(self):
+        """(the first file of training with a document of validation, the file of validation that has it)"""
+        places = {}
+        for path, piece in self.pieces("val"):
+            places.setdefault(piece, path)
+        return next((path, places[piece]) for path, piece in self.pieces("train") if piece in places)
 
 
 def cut(text, length):
@@ -251,27 +287,19 @@ def cut(text, length):
     return re.findall(rf"(?s).{{1,{length - 1}}}(?:\n|\Z)|.{{{length}}}", text) if length else [text]
 
 
-def read_texts(paths, column):
-    """Yields the texts (str, "" for null) of these files. Raises PrepareError for a file of no use."""
-    for path in tqdm(paths, desc="reading", unit="file", leave=False, disable=None):
-        number = 1
-        try:
-            for row in read_rows(path, column):
-                text = row.get(column, row) or ""
-                if not isinstance(text, str):
-                    columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
-                    raise ValueError(f"no text in column {column}; there is {columns}: choose by --text-column NAME")
-                yield text
-                number += 1
-        except Exception as error:  # of many kinds: every format has a library of its own
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise PrepareError(f"{path} can't be used (row {number}: {reason}): fix or remove it") from error
+def as_text(value, column):
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{column} is {kind_of(value)}, not text: {str(value)[:60]}")
+    return value or ""
+
+
+def kind_of(value):
+    return f"a list of {kind_of(value[0])}" if isinstance(value, list) and value else type(value).__name__
 
 
 def read_rows(path, column):
-    """Yields the rows of a file as {column: text}. In a text file <|endoftext|> ends a row."""
-    name = path.name.lower()
-    kind = Path(name.removesuffix(".gz")).suffix
+    """Yields the rows of a file as {column: value}. In a text file <|endoftext|> ends a row."""
+    kind, compression = format_of(path)
     if kind == ".parquet":
         with pq.ParquetFile(path) as file:
             columns = [column] if column in file.schema_arrow.names else None  # all, for the message
@@ -279,18 +307,37 @@ def read_rows(path, column):
                 yield from batch.to_pylist()
         return
     errors = "replace" if kind == ".py" else "strict"  # the user can't change the encoding of an installed package
-    with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors=errors) as file:
+    with io.TextIOWrapper(pa.input_stream(path, compression), "utf-8-sig", errors) as file:
         if kind == ".jsonl":
-            yield from (json.loads(line) for line in file if line.strip())
+            yield from (parse_object(line) for line in file if line.strip())
         elif kind == ".csv":
             csv.field_size_limit(sys.maxsize)
-            yield from csv.DictReader(file)
+            header = file.readline()
+            separator = next((mark for mark in ";\t" if mark in header and "," not in header), ",")
+            yield from csv.DictReader(chain([header], file), delimiter=separator)
         else:
             rest = ""
             while block := file.read(2**26):  # memory for a document, not for the file
                 *texts, rest = (rest + block).split("<|endoftext|>")
                 yield from ({column: text} for text in texts)
             yield {column: rest}
+
+
+def parse_object(line):
+    row = None
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+    if not isinstance(row, dict):
+        hint = " (jq -c '.[]' makes them of an array)" * line.startswith("[")
+        raise ValueError(f"one object a line is needed{hint}, not {line.strip()[:60]}")
+    return row
+
+
+def format_of(path):
+    """(".csv", "gzip") of a.CSV.gz, (".csv", None) of a.csv."""
+    name, ending = os.path.splitext(path.name.lower())
+    compression = COMPRESSIONS.get(ending)
+    return (os.path.splitext(name)[1] if compression else ending), compression
 
 
 def source_corpus():
@@ -319,21 +366,40 @@ def source_corpus():
 
 
 def own_corpus(path, column, length=DOCUMENT_CHARS):
-    """The user's own file, or those of a folder, sub-folders included; part-2 is read before part-10."""
-    found = [name for name in glob.glob("**", root_dir=path, recursive=True) or ["."] if (path / name).is_file()]
-    found.sort(key=lambda name: (re.sub(r"\d+", lambda number: number[0].zfill(20), name), name))
-    found = {os.path.realpath(path / name): name for name in reversed(found)}.values()  # once, whatever links there are
-    found = [*found][::-1]
-    names = [name for name in found if str(path / name).lower().removesuffix(".gz").endswith(KINDS)]
-    if not names:
-        seen = ", ".join(sorted({(path / name).suffix or (path / name).name for name in found})[:8]) or "nothing"
-        raise PrepareError(f"--corpus {path} needs files of {', '.join(KINDS)}, gzipped or not; there is: {seen}")
-    train, val = ([path / name for name in names if bool(VAL_NAME.search(name)) == side] for side in (False, True))
-    note = f"{len(train):,} file(s) for training, {len(val):,} for validation"
+    """The user's own file, or those of a folder, sub-folders included, each once; part-2 is read before part-10.
+
+    A file that has several names, by links, is validation if one of them says so.
+    """
+    names = [str(file.relative_to(path)) for file in find_files(path)]
+    numbered = {name: re.sub(r"\d+", lambda number: number[0].zfill(20), name) for name in names}
+    names.sort(key=lambda name: (not VAL_NAME.search(name), numbered[name], name))
+    files = {}  # {what is the same for all names of a file: its first name}
+    for name in names:
+        found = (path / name).stat()
+        files.setdefault((found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns), name)
+    texts = [name for name in files.values() if format_of(path / name)[0] in KINDS]
+    texts = [name for name in texts if name != "README.md"] or texts  # the card of a data set
+    if not texts:
+        seen = ", ".join(sorted({(path / name).suffix or (path / name).name for name in names})[:8]) or "nothing"
+        kinds = f"{', '.join(KINDS)} (all but .parquet also with {', '.join(COMPRESSIONS)})"
+        raise PrepareError(f"--corpus {path} needs files of {kinds}; there is: {seen}")
+    train, val = ([name for name in texts if bool(VAL_NAME.search(name)) == side] for side in (False, True))
+    note = f"validation is, by their names, {', '.join(val[:3])}" + f" and {len(val) - 3:,} more" * (len(val) > 3)
     if not train or not val:
         train = val = train + val
-        note = f"{len(train):,} file(s), the last {VAL_SHARE:.0%} of the text for validation"
-    return Corpus(train, val, f"{path}: {note}", column, length)
+        note = f"validation is the last {VAL_SHARE:.0%} of the text"
+    train, val = ([path / name for name in side] for side in (train, val))
+    return Corpus(train, val, f"{path}: {len(texts):,} file(s), {note}", column, length)
+
+
+def find_files(path, above=()):
+    """Yields a file, or the files of a folder and its sub-folders, also behind links; none that is hidden."""
+    if path.is_file():
+        yield path
+    elif path.is_dir() and path.resolve() not in above:  # a link to a folder above it would have no end
+        for entry in path.iterdir():
+            if not entry.name.startswith("."):
+                yield from find_files(entry, {*above, path.resolve()})
 
 
 def climbmix_corpus(folder, num_shards, workers):
@@ -545,15 +611,13 @@ def get_token_bytes(device="cpu"):
 
 
 def write_tokens(tokenizer, documents, path):
-    """Tokenize on all cores into `path`. Raises PrepareError if there is no text."""
+    """Tokenize on all cores into `path`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those of this job
     documents = iter(documents)
     with ThreadPoolExecutor(cores) as pool, atomic_write(path) as tokens:
         while texts := list(islice(documents, 256 * cores)):
             for ids in pool.map(tokenizer.encode_document, texts):  # tiktoken releases Python's lock
                 tokens.write(ids.tobytes())
-        if tokens.tell() == 0:
-            raise PrepareError("the files hold no text, or too little for a validation part: add text")
 
 
 @cache
@@ -562,6 +626,13 @@ def read_tokens(split):
     if split not in ("train", "val"):
         raise ValueError(f'split must be "train" or "val", not {split!r}')
     return map_tokens(cache_dir() / open_cache(cache_dir())["files"][f"{split}_tokens"][0])
+
+
+def measure_documents(tokens):
+    """(lengths, hashes) of the documents, int64 each. Equal documents have equal hashes in this process."""
+    stream = document_stream(tokens, forever=False)
+    facts = ((length, hash(tokens[start : start + length].tobytes())) for length, _, start in stream)
+    return np.fromiter(facts, np.dtype((np.int64, 2))).T
 
 
 def map_tokens(path):
@@ -1453,21 +1524,32 @@ def prepare(args):
         more = f", {args.vocab_size:,} were asked for: the text has no more to learn" * (vocab_size < args.vocab_size)
         show("tokenizer", f"{vocab_size:,} tokens, {made}{more}")
 
+        hashes = {}
         for split in ("train", "val"):
             path = cache / f"{split}-{cache_key(corpus.key(split), checksum(files['tokenizer']), recipe)}.bin"
             files[f"{split}_tokens"] = path
             made = make(path, partial(write_tokens, tokenizer, corpus.documents(split)))
+            if not path.stat().st_size:
+                raise PrepareError(f"{corpus.note}. This leaves no text for {split}: add text")
             tokens = map_tokens(path)
-            lengths = np.fromiter((length for length, *_ in document_stream(tokens, forever=False)), np.int64)
+            lengths, hashes[split] = measure_documents(tokens)
             held = np.minimum(lengths, args.seq_len + 1).sum() / len(tokens)
             show(split, f"{len(tokens):,} tokens in {len(lengths):,} documents, rows hold {held:.0%} at most, {made}")
+        repeated = np.isin(hashes["val"], hashes["train"]).mean()
+        show("", f"{repeated:.1%} of the validation documents are also in training")
+        if skipped := sum(corpus.lacking.values()):
+            show("", f"note: {skipped:,} rows without {corpus.column} were passed over")
+        if repeated > MOST_REPEATED:
+            train_path, val_path = corpus.find_repeated()
+            text = f"{repeated:.0%} of the validation documents are also in training, the first in {train_path}"
+            raise PrepareError(f"{text} and {val_path}: remove what is there twice, or name a file of other text val")
 
         wanted = args.eval_tokens // args.seq_len
         rows = sum(1 for _ in islice(pack_rows(tokens, args.seq_len, forever=False), wanted))  # of val
         scored = f"{rows * args.seq_len:,} validation tokens"
         if rows < MIN_VAL_ROWS:
-            text = f"the validation text fills {rows} rows of --seq-len {args.seq_len}, {MIN_VAL_ROWS} are needed"
-            raise PrepareError(f"{text}: add text, add a file named val, or choose a smaller --seq-len")
+            text = f"{corpus.note}. It fills {rows} rows of --seq-len {args.seq_len}, {MIN_VAL_ROWS} are needed"
+            raise PrepareError(f"{text}: add text, rename or name a file val, or choose a smaller --seq-len")
         if rows < wanted:
             show("", f"note: there are {scored} in whole rows; --eval-tokens asks for more")
 
