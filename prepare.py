@@ -419,16 +419,13 @@ REPO = "karpathy/climbmix-400b-shuffle"
 LAST_SHARD = 6542
 VAL_SHARD = f"shard_{LAST_SHARD:05d}.parquet"  # pinned: never trained on
 SHARD_BYTES = 100_000_000  # about
-INCOMING = ".autoresearch-incoming"  # what is being fetched; emptied after each attempt
+INCOMING = ".autoresearch-incoming"  # what is being fetched
 HUB_TIMEOUT = 5  # seconds until a hub that does not answer counts as unreachable
 RETRY_PAUSES = (1, 5, 25)  # seconds before the second, third and fourth attempt
 
 
 def require_hub():
-    """The hub's address (HF_ENDPOINT or huggingface.co), after it answered. Raises PrepareError within seconds.
-
-    huggingface_hub by itself takes half a minute to say that nothing answers.
-    """
+    """The hub's address, after it answered. huggingface_hub takes half a minute to say that none does."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -451,59 +448,55 @@ def failure_reason(error):
     return re.sub(r"https?://\S+| \(\(…\)\S+", "", str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def fetch_shard(path, endpoint):
-    """One attempt to have the verified shard under `path`. Returns None, or why it could not be fetched."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    where = dict(repo_type="dataset", endpoint=endpoint)
-    try:
-        announced = get_hf_file_metadata(hf_hub_url(REPO, path.name, **where)).etag  # the library compares only lengths
-        file = hf_hub_download(REPO, path.name, local_dir=path.parent / INCOMING, **where)
-        if checksum(file) != announced:
-            os.unlink(file)
-            return f"{path.name} (its sha256 is not the one that the hub names; a bad mirror or proxy?)"
-        with open(file, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(file, path)
-    except Exception as error:  # of many kinds
-        return f"{path.name} ({failure_reason(error)})"
-
-
 def download_shards(names, folder, workers):
     """Make sure that every shard of `names` is in `folder`. What is there costs no request. What was fetched stays."""
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, utils
 
-    disable_progress_bars()
-    logging.set_verbosity_error()  # its warnings have signed addresses
+    utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()  # its warnings have signed addresses
+
+    def fetch(name):
+        """Why this shard could not be fetched, or None."""
+        where = dict(repo_type="dataset", endpoint=endpoint)
+        try:
+            expected = get_hf_file_metadata(hf_hub_url(REPO, name, **where)).etag  # the library compares only lengths
+            file = hf_hub_download(REPO, name, local_dir=folder / INCOMING, **where)
+            if checksum(file) != expected:
+                os.unlink(file)  # else the next attempt would find it
+                raise ValueError("its sha256 is not the one that the hub names; a bad mirror or proxy?")
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(file, folder / name)
+        except Exception as error:  # of many kinds
+            return f"{name} ({failure_reason(error)})"
 
     folder.mkdir(parents=True, exist_ok=True)
-    for pause in (*RETRY_PAUSES, None):
+    problems = []
+    for pause in (0, *RETRY_PAUSES):
+        if problems:
+            print(f"{len(problems)} shards are missing, {problems[0]}: next attempt in {pause} s", flush=True)
+            time.sleep(pause)
         missing = [name for name in names if not (folder / name).exists()]
         if not missing:
-            return
+            break
         needed = SHARD_BYTES * (len(missing) + len(names))  # the token files take about as much as all shards
         if (free := shutil.disk_usage(folder).free) < needed:
             text = f"{folder} has {free / 1e9:.1f} GB free, shards and token files need about {needed / 1e9:.1f} GB"
             raise PrepareError(f"{text}: ask for fewer (--num-shards), or use another disk (AUTORESEARCH_CACHE=/path)")
         endpoint = require_hub()
-        bar, done = tqdm(desc="download", total=len(missing), unit="shard", disable=None), 0
-        with bar, ThreadPool(min(workers, len(missing))) as pool:  # its threads don't survive Ctrl-C
-            fetched = [pool.apply_async(fetch_shard, [folder / name, endpoint]) for name in missing]
-            while done < len(missing):
+        with ThreadPool(workers) as pool, tqdm(desc="download", total=len(missing), unit="shard", disable=None) as bar:
+            fetched = [pool.apply_async(fetch, [name]) for name in missing]
+            while not all(result.ready() for result in fetched):
                 time.sleep(0.1)  # Ctrl-C ends a sleep; a lock that another thread holds may outlast it
-                done = sum(result.ready() for result in fetched)
-                bar.update(done - bar.n)
-            problems = sorted(filter(None, (result.get() for result in fetched)))
-        shutil.rmtree(folder / INCOMING, ignore_errors=True)
-        if not problems:
-            return
-        if pause is None or all(re.search(r"\(HTTP 40[134]\)", problem) for problem in problems):
-            break  # another attempt changes nothing
-        print(f"{len(problems)} shards are missing, {problems[0]}: next attempt in {pause} s", flush=True)
-        time.sleep(pause)
-    text = "; ".join(problems[:4]) + f" and {len(problems) - 4} more" * (len(problems) > 4)
-    mend = "What was fetched stays, run it again (HTTP 401, 403: HF_TOKEN; 404: is HF_ENDPOINT a full mirror?)"
-    raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {text}. {mend}")
+                bar.update(sum(result.ready() for result in fetched) - bar.n)
+        problems = sorted(filter(None, (result.get() for result in fetched)))
+        if all(re.search(r"\(HTTP 40[134]\)", problem) for problem in problems):
+            break  # there are none, or another attempt changes nothing
+    shutil.rmtree(folder / INCOMING, ignore_errors=True)  # also what a killed download left
+    if problems:
+        text = "; ".join(problems[:4]) + f" and {len(problems) - 4} more" * (len(problems) > 4)
+        mend = "What was fetched stays, run it again (HTTP 401, 403: HF_TOKEN; 404: is HF_ENDPOINT a full mirror?)"
+        raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {text}. {mend}")
 
 
 # -----------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_a_run_that_breaks_a_rule_has_no_number(cache, now, monkeypatch, tmp_pat
     tokenizer = prepare.Tokenizer.from_directory()
     train, val = (prepare.make_dataloader(tokenizer, 1, 8, split) for split in ("train", "val"))
     torch.manual_seed(0)
-    with pytest.raises(prepare.PrepareError, match="report.. got 1.0, the last evaluate_bpb.. returned None"):
+    with pytest.raises(prepare.PrepareError, match=r"report\(\) got 1.0, the last evaluate_bpb\(\) returned None"):
         report()
     prepare.evaluate_bpb(None, tokenizer, 8)
     assert "the clock never ran" in report()
