@@ -168,9 +168,9 @@ def load_manifest(cache):
     path = cache / MANIFEST
     if not path.exists():
         raise PrepareError(f"nothing is prepared in {cache}: run `uv run prepare.py` (no download: --corpus source)")
-    with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):  # no JSON, or of another shape
+    with contextlib.suppress(ValueError, AttributeError):  # no JSON, or another value than an object
         manifest = json.loads(path.read_bytes())
-        if manifest.pop("checksum") == cache_key(manifest):
+        if manifest.keys() >= {"command", "constants", "files"}:
             return manifest
     raise PrepareError(f"{path} is damaged or of another version: run `uv run prepare.py` with the options used before")
 
@@ -661,26 +661,27 @@ def default_scale(device):
     return "full" if large else "desktop"
 
 
-def check_gpu(device, scale):
-    """Raises PrepareError if this GPU can't do what a run of this scale needs."""
+def check_gpu(device, scale, training):
+    """Raises PrepareError if a run of this scale can't use the GPU of this machine.
+
+    If PyTorch sees none where one is expected, that ends a training. Otherwise it is a note: a login node has no GPU.
+    """
+    driver = os.path.exists("/proc/driver/nvidia") or os.path.exists("/dev/dxg")  # NVIDIA's, the second in WSL2
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         oldest = min(map(int, re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))), default=0)
         if 10 * major + minor < oldest:
             text = f"PyTorch has no kernels for {device_name()}: its compute capability is under {oldest / 10}"
             raise PrepareError(f"{text}: install an older PyTorch, or use the CPU with DEVICE=cpu")
-    if scale == "full" and device.type != "cpu" and not bfloat16_works(device):
+    if device.type != "cpu" and scale == "full" and not bfloat16_works(device):
         text = f"scale full needs a CUDA GPU of compute capability 8 or more, this is {device_name()}"
         raise PrepareError(f"{text}: `uv run prepare.py --scale desktop`")
-
-
-def missing_gpu(device, scale):
-    """What to say if a GPU is expected here and PyTorch sees none, or None. DEVICE=cpu says that none is expected."""
-    driver = os.path.exists("/proc/driver/nvidia") or os.path.exists("/dev/dxg")  # NVIDIA's, the second in WSL2
-    if device.type != "cpu" or os.environ.get("DEVICE") or (scale == "laptop" and not driver):
-        return None
-    text = f"scale {scale}, but PyTorch {torch.__version__} (CUDA: {torch.version.cuda}) sees no GPU"
-    return text + ", although NVIDIA's driver is here: README, Another PyTorch" * driver
+    if device.type == "cpu" and not os.environ.get("DEVICE") and (driver or scale != "laptop"):
+        text = f"scale {scale}, but PyTorch {torch.__version__} (CUDA: {torch.version.cuda}) sees no GPU"
+        text += ", although NVIDIA's driver is here: README, Another PyTorch" * driver
+        if training and scale != "laptop":
+            raise PrepareError(f"{text}. To run on the CPU nevertheless: `DEVICE=cpu uv run train.py`")
+        show("", f"note: {text}")
 
 
 def peak_memory_mb():
@@ -876,9 +877,7 @@ def start_run():
     Raises PrepareError before anything has been computed.
     """
     device, scale = get_device(), constants()["SCALE"]
-    check_gpu(device, scale)
-    if scale != "laptop" and (problem := missing_gpu(device, scale)):
-        raise PrepareError(f"{problem}. To run on the CPU nevertheless: `DEVICE=cpu uv run train.py`")
+    check_gpu(device, scale, training=True)
     for split in ("train", "val"):
         read_tokens(split)  # open from now on: another prepare.py can't take the files away
     get_token_bytes()
@@ -1482,17 +1481,18 @@ def night(command, *words):
 
 def prepare(args):
     """Make what the options ask for, redo only what depends on a change, and put it in force."""
+    check_gpu(get_device(), args.scale, training=False)
     cache, started = cache_dir(), time.monotonic()
     cache.mkdir(parents=True, exist_ok=True)
     with cache_lock(cache):
         forget_cache()  # another process may have changed it
-        known, trusted = {}, not (cache / MANIFEST).exists()  # a damaged manifest can't tell which files are good
+        known = {}  # {name: checksum}
         with contextlib.suppress(PrepareError):
-            known, trusted = dict(load_manifest(cache)["files"].values()), True
+            known = dict(load_manifest(cache)["files"].values())
 
         def make(path, function):
             """Make a file, unless it is there: its name has the key of what it is made from."""
-            if trusted and path.exists() and known.get(path.name) in (None, checksum(path)):
+            if path.exists() and known.get(path.name) in (None, checksum(path)):
                 return "up to date"
             function(path)
             return "made"
@@ -1509,7 +1509,7 @@ def prepare(args):
         def train_tokenizer(path):
             Tokenizer.train(sample_texts(corpus.documents("train")), args.vocab_size).save(path)
 
-        recipe = [3, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS]
+        recipe = [4, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS]
         path = cache / f"tokenizer-{cache_key(corpus.key('train'), args.vocab_size, recipe)}.bpe"
         files, made = {"tokenizer": path}, make(path, train_tokenizer)
         tokenizer = Tokenizer.load(path)
@@ -1549,8 +1549,6 @@ def prepare(args):
         write_manifest(cache, args, vocab_size, files)
         show("ready", f"scale {args.scale}: rows of {args.seq_len:,} tokens, {args.time_budget} s a run, {scored}")
         show("", f"in {cache}, harness {fingerprint()}, after {time.monotonic() - started:.1f} s")
-        if problem := missing_gpu(get_device(), args.scale):
-            show("", f"note: {problem}")
         show("next", "uv run train.py")
 
 
@@ -1564,14 +1562,10 @@ def write_manifest(cache, args, vocab_size, files):
     constants |= {"VOCAB_SIZE": vocab_size, "EVAL_TOKENS": args.eval_tokens}
     checksums = {kind: [path.name, checksum(path)] for kind, path in files.items()}
     manifest = {"command": args.command, "constants": constants, "files": checksums}
-    text = json.dumps({**manifest, "checksum": cache_key(manifest)}, indent=1).encode()
-    path = cache / MANIFEST
-    if not path.exists() or path.read_bytes() != text:
-        with atomic_write(path) as f:
-            f.write(text)
+    write_json(cache / MANIFEST, manifest)
     forget_cache()
     in_force = {MANIFEST, *(path.name for path in files.values())}
-    made_here = re.compile(rf"((tokenizer|train|val)-[0-9a-f]{{12}}\.(bpe|bin|idx)|{re.escape(MANIFEST)})(\.tmp-\d+)?")
+    made_here = re.compile(rf"((tokenizer|train|val)-[0-9a-f]{{12}}\.(bpe|bin)|{re.escape(MANIFEST)})(\.tmp-\d+)?")
     for path in cache.iterdir():  # the folder may hold files that are not ours
         if made_here.fullmatch(path.name) and path.name not in in_force and path.is_file():
             path.unlink()
@@ -1582,37 +1576,30 @@ def write_manifest(cache, args, vocab_size, files):
 
 
 def parse_arguments(argv):
+    def refuse(message):
+        raise PrepareError(f"{message} (all options: uv run prepare.py --help)")
+
     about = "Prepare data, tokenizer and token files. They are in force until this is run again with other options."
-    where = f"Everything is kept in {cache_dir()} (AUTORESEARCH_CACHE names another folder)."
-    parser = argparse.ArgumentParser("prepare.py", "uv run prepare.py [options]", about, where)
-    corpora = (
-        "climbmix: download prose from the Hugging Face hub (default); source: the Python source files on this "
-        f"machine, no download; DIR: your own {', '.join(KINDS)} files, gzipped or not, or one of them; validation is "
-        "what is named val, valid, validation, dev or test, else the last 5 %% of the text"
-    )
+    parser = argparse.ArgumentParser("prepare.py", "uv run prepare.py [options]", about)
+    parser.error = refuse
+    corpora = "prose from the Hugging Face hub (default), the Python source of this machine, or your own files (README)"
     parser.add_argument("--corpus", default="climbmix", metavar="climbmix|source|DIR", help=corpora)
-    scales = "defaults for what follows (full: a CUDA GPU of 38 GB; desktop: any other GPU; laptop: none)"
-    parser.add_argument("--scale", choices=SCALES, help=scales)
-    column = "column (.jsonl: key) of your own files that has the text (text)"
-    parser.add_argument("--text-column", default="text", metavar="NAME", help=column)
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="column or key of your text (text)")
+    scale = default_scale(get_device())
+    parser.add_argument("--scale", choices=SCALES, default=scale, help=f"defaults of what follows (here {scale})")
     for name, (*_, defaults, meaning) in OPTIONS.items():
         each = ", ".join(f"{scale} {default:,}" for scale, default in zip(SCALES, defaults))
         parser.add_argument(option(name), type=int, metavar="N", help=f"{meaning} ({each})")
     args = parser.parse_args(argv)
     if args.corpus not in ("climbmix", "source"):
         args.corpus = str(Path(args.corpus).expanduser().resolve())
-    args.scale = args.scale or default_scale(get_device())
-    check_gpu(get_device(), args.scale)
     for name, (low, high, defaults, _) in OPTIONS.items():
-        value = getattr(args, name)
-        if value is None:
-            value = defaults[SCALES.index(args.scale)]
-        if not low <= value <= high or value == 0:  # only num_shards has a limit below 0
-            but = ", not 0" * (low < 0)
-            parser.error(f"{option(name)} needs a whole number from {low:,} to {high:,}{but}, got {value:,}")
-        setattr(args, name, value)
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[SCALES.index(args.scale)])
+        if not low <= getattr(args, name) <= high or getattr(args, name) == 0:
+            refuse(f"{option(name)} needs a whole number from {low:,} to {high:,}, got {getattr(args, name):,}")
     if args.eval_tokens < MIN_VAL_ROWS * args.seq_len:
-        parser.error(f"--eval-tokens {args.eval_tokens} is less than {MIN_VAL_ROWS} rows of --seq-len {args.seq_len}")
+        refuse(f"--eval-tokens {args.eval_tokens} is less than {MIN_VAL_ROWS} rows of --seq-len {args.seq_len}")
     args.command = shlex.join(["uv", "run", "prepare.py", *(f"{option(k)}={v}" for k, v in vars(args).items())])
     return args
 
