@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import sysconfig
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -539,12 +538,3 @@ def test_killed_at_any_file_it_is_never_taken_for_whole_and_goes_on(tmp_path, co
     expected["4", "after"] = whole
     expected["5", "before"] = expected["5", "after"] = ["False", "True", "False", "True", "0"]
     assert {(n, moment): rest for n, moment, *rest in states} == expected, done.stderr
-
-
-def test_two_at_once_in_one_cache(tmp_path, corpus):
-    with ThreadPool(2) as pool:
-        both = pool.map(lambda _: run_python("prepare.py", f"--corpus={corpus}", *SMALL, cache=tmp_path), range(2))
-    assert sorted(done.stdout.count("up to date") for done in both) == [0, 3]
-    for done in both:
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "\r" not in done.stdout and len(done.stdout.splitlines()) < 13
