@@ -15,9 +15,8 @@ import base64
 import contextlib
 import csv
 import fcntl
-import glob
-import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -37,7 +36,7 @@ from bisect import bisect_left
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, partial
-from itertools import count, groupby, islice, pairwise
+from itertools import chain, count, groupby, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +44,7 @@ from typing import NamedTuple
 NIGHT = (["run"], ["decide"], ["record"], ["supervise"])
 if __name__ != "__main__" or sys.argv[1:2] not in NIGHT:  # these commands need none of it: it takes seconds to import
     import numpy as np
+    import pyarrow as pa
     import pyarrow.parquet as pq
     import requests
     import tiktoken
@@ -79,6 +79,7 @@ TOKENIZER_DOC_CHARS = 10_000  # of one document, so that no long document domina
 DOCUMENT_CHARS = 4_000  # a longer document is cut (not in climbmix): a row takes a document whole or its beginning
 VAL_SHARE = 0.05  # share of the text that is validation, if nothing is named so
 MIN_VAL_ROWS = 16  # fewer validation rows say nothing
+MOST_REPEATED = 0.5  # share of the validation documents that may be training documents too
 BUFFER_DOCS, REFILL_DOCS = 1_000, 128  # documents from which a row is packed; documents read at a time
 PREFETCH = 3  # batches made ahead
 
@@ -167,9 +168,9 @@ def load_manifest(cache):
     path = cache / MANIFEST
     if not path.exists():
         raise PrepareError(f"nothing is prepared in {cache}: run `uv run prepare.py` (no download: --corpus source)")
-    with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):  # no JSON, or of another shape
+    with contextlib.suppress(ValueError, AttributeError):  # no JSON, or another value than an object
         manifest = json.loads(path.read_bytes())
-        if manifest.pop("checksum") == cache_key(manifest):
+        if manifest.keys() >= {"command", "constants", "files"}:
             return manifest
     raise PrepareError(f"{path} is damaged or of another version: run `uv run prepare.py` with the options used before")
 
@@ -212,8 +213,10 @@ def fingerprint():
 # -----------------------------------------------------------------------------
 # Corpus: files in reading order, the documents in them, and which of these are validation
 
-KINDS = (".parquet", ".jsonl", ".csv", ".txt", ".md")  # of a user's own files, each also with .gz
+KINDS = (".parquet", ".jsonl", ".csv", ".txt", ".md")  # of a user's own files
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # of all but .parquet
 VAL_NAME = re.compile(r"(?i)(?<![a-z])(val|valid|validation|dev|test)(?![a-z])")  # not latest.txt
+MOST_LACKING = 0.01  # share of the rows of a file that may lack the column of the text
 
 
 class Corpus:
@@ -225,6 +228,7 @@ class Corpus:
     def __init__(self, train, val, note, column="text", length=DOCUMENT_CHARS):
         self.paths, self.shared, self.note = {"train": train, "val": val}, train == val, note
         self.column, self.length = column, length
+        self.lacking = {}  # {path: number of its rows without the column}
 
     def key(self, split):
         """Hex key of a split: other files (name, size, modification time) or another way to read them change it."""
@@ -233,17 +237,49 @@ class Corpus:
 
     @cached_property
     def chars(self):
-        return sum(map(len, read_texts(self.paths["train"], self.column)))
+        return sum(len(text) for _, text in self.texts("train"))
 
     def documents(self, split):
         """Yields the documents (str) of a split, none of them empty. Raises PrepareError for a file of no use."""
+        return (piece for _, piece in self.pieces(split))
+
+    def pieces(self, split):
+        """Yields (path, document)."""
         start = 0
-        for text in read_texts(self.paths[split], self.column):
+        for path, text in self.texts(split):
             for piece in cut(text, self.length):
                 side = ("val" if start >= (1 - VAL_SHARE) * self.chars else "train") if self.shared else split
                 if side == split and piece.strip():
-                    yield piece
+                    yield path, piece
                 start += len(piece)
+
+    def texts(self, split):
+        """Yields (path, text), the text of null being "". Rows without the column are counted and passed over."""
+        for path in tqdm(self.paths[split], desc="reading", unit="file", leave=False, disable=None):
+            number, lacking = 0, 0
+            try:
+                for row in read_rows(path, self.column):
+                    if self.column in row:
+                        yield path, as_text(row[self.column], self.column)
+                    else:
+                        lacking, columns = lacking + 1, ", ".join(f"{name} ({kind_of(row[name])})" for name in row)
+                    number += 1
+                    if lacking > max(100, MOST_LACKING * number):  # the end of the file would not change it
+                        break
+            except Exception as error:  # of many kinds: every format has a library of its own
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise PrepareError(f"{path} can't be used (row {number + 1}: {reason}): fix or remove it") from error
+            if lacking > MOST_LACKING * number:
+                text = f"{path} can't be used: {lacking:,} of {number:,} rows have no {self.column}"
+                raise PrepareError(f"{text}; there is {columns}: choose by --text-column NAME")
+            self.lacking[path] = lacking
+
+    def find_repeated(self):
+        """(the first file of training with a document of validation, the file of validation that has it)"""
+        places = {}
+        for path, piece in self.pieces("val"):
+            places.setdefault(piece, path)
+        return next((path, places[piece]) for path, piece in self.pieces("train") if piece in places)
 
 
 def cut(text, length):
@@ -251,27 +287,19 @@ def cut(text, length):
     return re.findall(rf"(?s).{{1,{length - 1}}}(?:\n|\Z)|.{{{length}}}", text) if length else [text]
 
 
-def read_texts(paths, column):
-    """Yields the texts (str, "" for null) of these files. Raises PrepareError for a file of no use."""
-    for path in tqdm(paths, desc="reading", unit="file", leave=False, disable=None):
-        number = 1
-        try:
-            for row in read_rows(path, column):
-                text = row.get(column, row) or ""
-                if not isinstance(text, str):
-                    columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
-                    raise ValueError(f"no text in column {column}; there is {columns}: choose by --text-column NAME")
-                yield text
-                number += 1
-        except Exception as error:  # of many kinds: every format has a library of its own
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise PrepareError(f"{path} can't be used (row {number}: {reason}): fix or remove it") from error
+def as_text(value, column):
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{column} is {kind_of(value)}, not text: {str(value)[:60]}")
+    return value or ""
+
+
+def kind_of(value):
+    return f"a list of {kind_of(value[0])}" if isinstance(value, list) and value else type(value).__name__
 
 
 def read_rows(path, column):
-    """Yields the rows of a file as {column: text}. In a text file <|endoftext|> ends a row."""
-    name = path.name.lower()
-    kind = Path(name.removesuffix(".gz")).suffix
+    """Yields the rows of a file as {column: value}. In a text file <|endoftext|> ends a row."""
+    kind, compression = format_of(path)
     if kind == ".parquet":
         with pq.ParquetFile(path) as file:
             columns = [column] if column in file.schema_arrow.names else None  # all, for the message
@@ -279,18 +307,37 @@ def read_rows(path, column):
                 yield from batch.to_pylist()
         return
     errors = "replace" if kind == ".py" else "strict"  # the user can't change the encoding of an installed package
-    with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors=errors) as file:
+    with io.TextIOWrapper(pa.input_stream(path, compression), "utf-8-sig", errors) as file:
         if kind == ".jsonl":
-            yield from (json.loads(line) for line in file if line.strip())
+            yield from (parse_object(line) for line in file if line.strip())
         elif kind == ".csv":
             csv.field_size_limit(sys.maxsize)
-            yield from csv.DictReader(file)
+            header = file.readline()
+            separator = next((mark for mark in ";\t" if mark in header and "," not in header), ",")
+            yield from csv.DictReader(chain([header], file), delimiter=separator)
         else:
             rest = ""
             while block := file.read(2**26):  # memory for a document, not for the file
                 *texts, rest = (rest + block).split("<|endoftext|>")
                 yield from ({column: text} for text in texts)
             yield {column: rest}
+
+
+def parse_object(line):
+    row = None
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+    if not isinstance(row, dict):
+        hint = " (jq -c '.[]' makes them of an array)" * line.startswith("[")
+        raise ValueError(f"one object a line is needed{hint}, not {line.strip()[:60]}")
+    return row
+
+
+def format_of(path):
+    """(".csv", "gzip") of a.CSV.gz, (".csv", None) of a.csv."""
+    name, ending = os.path.splitext(path.name.lower())
+    compression = COMPRESSIONS.get(ending)
+    return (os.path.splitext(name)[1] if compression else ending), compression
 
 
 def source_corpus():
@@ -319,21 +366,40 @@ def source_corpus():
 
 
 def own_corpus(path, column, length=DOCUMENT_CHARS):
-    """The user's own file, or those of a folder, sub-folders included; part-2 is read before part-10."""
-    found = [name for name in glob.glob("**", root_dir=path, recursive=True) or ["."] if (path / name).is_file()]
-    found.sort(key=lambda name: (re.sub(r"\d+", lambda number: number[0].zfill(20), name), name))
-    found = {os.path.realpath(path / name): name for name in reversed(found)}.values()  # once, whatever links there are
-    found = [*found][::-1]
-    names = [name for name in found if str(path / name).lower().removesuffix(".gz").endswith(KINDS)]
-    if not names:
-        seen = ", ".join(sorted({(path / name).suffix or (path / name).name for name in found})[:8]) or "nothing"
-        raise PrepareError(f"--corpus {path} needs files of {', '.join(KINDS)}, gzipped or not; there is: {seen}")
-    train, val = ([path / name for name in names if bool(VAL_NAME.search(name)) == side] for side in (False, True))
-    note = f"{len(train):,} file(s) for training, {len(val):,} for validation"
+    """The user's own file, or those of a folder, sub-folders included, each once; part-2 is read before part-10.
+
+    A file that has several names, by links, is validation if one of them says so.
+    """
+    names = [str(file.relative_to(path)) for file in find_files(path)]
+    numbered = {name: re.sub(r"\d+", lambda number: number[0].zfill(20), name) for name in names}
+    names.sort(key=lambda name: (not VAL_NAME.search(name), numbered[name], name))
+    files = {}  # {what is the same for all names of a file: its first name}
+    for name in names:
+        found = (path / name).stat()
+        files.setdefault((found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns), name)
+    texts = [name for name in files.values() if format_of(path / name)[0] in KINDS]
+    texts = [name for name in texts if name != "README.md"] or texts  # the card of a data set
+    if not texts:
+        seen = ", ".join(sorted({(path / name).suffix or (path / name).name for name in names})[:8]) or "nothing"
+        kinds = f"{', '.join(KINDS)} (all but .parquet also with {', '.join(COMPRESSIONS)})"
+        raise PrepareError(f"--corpus {path} needs files of {kinds}; there is: {seen}")
+    train, val = ([name for name in texts if bool(VAL_NAME.search(name)) == side] for side in (False, True))
+    note = f"validation is, by their names, {', '.join(val[:3])}" + f" and {len(val) - 3:,} more" * (len(val) > 3)
     if not train or not val:
         train = val = train + val
-        note = f"{len(train):,} file(s), the last {VAL_SHARE:.0%} of the text for validation"
-    return Corpus(train, val, f"{path}: {note}", column, length)
+        note = f"validation is the last {VAL_SHARE:.0%} of the text"
+    train, val = ([path / name for name in side] for side in (train, val))
+    return Corpus(train, val, f"{path}: {len(texts):,} file(s), {note}", column, length)
+
+
+def find_files(path, above=()):
+    """Yields a file, or the files of a folder and its sub-folders, also behind links; none that is hidden."""
+    if path.is_file():
+        yield path
+    elif path.is_dir() and path.resolve() not in above:  # a link to a folder above it would have no end
+        for entry in path.iterdir():
+            if not entry.name.startswith("."):
+                yield from find_files(entry, {*above, path.resolve()})
 
 
 def climbmix_corpus(folder, num_shards, workers):
@@ -353,16 +419,13 @@ REPO = "karpathy/climbmix-400b-shuffle"
 LAST_SHARD = 6542
 VAL_SHARD = f"shard_{LAST_SHARD:05d}.parquet"  # pinned: never trained on
 SHARD_BYTES = 100_000_000  # about
-INCOMING = ".autoresearch-incoming"  # what is being fetched; emptied after each attempt
+INCOMING = ".autoresearch-incoming"  # what is being fetched
 HUB_TIMEOUT = 5  # seconds until a hub that does not answer counts as unreachable
 RETRY_PAUSES = (1, 5, 25)  # seconds before the second, third and fourth attempt
 
 
 def require_hub():
-    """The hub's address (HF_ENDPOINT or huggingface.co), after it answered. Raises PrepareError within seconds.
-
-    huggingface_hub by itself takes half a minute to say that nothing answers.
-    """
+    """The hub's address, after it answered. huggingface_hub takes half a minute to say that none does."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -385,59 +448,55 @@ def failure_reason(error):
     return re.sub(r"https?://\S+| \(\(…\)\S+", "", str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def fetch_shard(path, endpoint):
-    """One attempt to have the verified shard under `path`. Returns None, or why it could not be fetched."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    where = dict(repo_type="dataset", endpoint=endpoint)
-    try:
-        announced = get_hf_file_metadata(hf_hub_url(REPO, path.name, **where)).etag  # the library compares only lengths
-        file = hf_hub_download(REPO, path.name, local_dir=path.parent / INCOMING, **where)
-        if checksum(file) != announced:
-            os.unlink(file)
-            return f"{path.name} (its sha256 is not the one that the hub names; a bad mirror or proxy?)"
-        with open(file, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(file, path)
-    except Exception as error:  # of many kinds
-        return f"{path.name} ({failure_reason(error)})"
-
-
 def download_shards(names, folder, workers):
     """Make sure that every shard of `names` is in `folder`. What is there costs no request. What was fetched stays."""
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, utils
 
-    disable_progress_bars()
-    logging.set_verbosity_error()  # its warnings have signed addresses
+    utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()  # its warnings have signed addresses
+
+    def fetch(name):
+        """Why this shard could not be fetched, or None."""
+        where = dict(repo_type="dataset", endpoint=endpoint)
+        try:
+            expected = get_hf_file_metadata(hf_hub_url(REPO, name, **where)).etag  # the library compares only lengths
+            file = hf_hub_download(REPO, name, local_dir=folder / INCOMING, **where)
+            if checksum(file) != expected:
+                os.unlink(file)  # else the next attempt would find it
+                raise ValueError("its sha256 is not the one that the hub names; a bad mirror or proxy?")
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(file, folder / name)
+        except Exception as error:  # of many kinds
+            return f"{name} ({failure_reason(error)})"
 
     folder.mkdir(parents=True, exist_ok=True)
-    for pause in (*RETRY_PAUSES, None):
+    problems = []
+    for pause in (0, *RETRY_PAUSES):
+        if problems:
+            print(f"{len(problems)} shards are missing, {problems[0]}: next attempt in {pause} s", flush=True)
+            time.sleep(pause)
         missing = [name for name in names if not (folder / name).exists()]
         if not missing:
-            return
+            break
         needed = SHARD_BYTES * (len(missing) + len(names))  # the token files take about as much as all shards
         if (free := shutil.disk_usage(folder).free) < needed:
             text = f"{folder} has {free / 1e9:.1f} GB free, shards and token files need about {needed / 1e9:.1f} GB"
             raise PrepareError(f"{text}: ask for fewer (--num-shards), or use another disk (AUTORESEARCH_CACHE=/path)")
         endpoint = require_hub()
-        bar, done = tqdm(desc="download", total=len(missing), unit="shard", disable=None), 0
-        with bar, ThreadPool(min(workers, len(missing))) as pool:  # its threads don't survive Ctrl-C
-            fetched = [pool.apply_async(fetch_shard, [folder / name, endpoint]) for name in missing]
-            while done < len(missing):
+        with ThreadPool(workers) as pool, tqdm(desc="download", total=len(missing), unit="shard", disable=None) as bar:
+            fetched = [pool.apply_async(fetch, [name]) for name in missing]
+            while not all(result.ready() for result in fetched):
                 time.sleep(0.1)  # Ctrl-C ends a sleep; a lock that another thread holds may outlast it
-                done = sum(result.ready() for result in fetched)
-                bar.update(done - bar.n)
-            problems = sorted(filter(None, (result.get() for result in fetched)))
-        shutil.rmtree(folder / INCOMING, ignore_errors=True)
-        if not problems:
-            return
-        if pause is None or all(re.search(r"\(HTTP 40[134]\)", problem) for problem in problems):
-            break  # another attempt changes nothing
-        print(f"{len(problems)} shards are missing, {problems[0]}: next attempt in {pause} s", flush=True)
-        time.sleep(pause)
-    text = "; ".join(problems[:4]) + f" and {len(problems) - 4} more" * (len(problems) > 4)
-    mend = "What was fetched stays, run it again (HTTP 401, 403: HF_TOKEN; 404: is HF_ENDPOINT a full mirror?)"
-    raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {text}. {mend}")
+                bar.update(sum(result.ready() for result in fetched) - bar.n)
+        problems = sorted(filter(None, (result.get() for result in fetched)))
+        if all(re.search(r"\(HTTP 40[134]\)", problem) for problem in problems):
+            break  # there are none, or another attempt changes nothing
+    shutil.rmtree(folder / INCOMING, ignore_errors=True)  # also what a killed download left
+    if problems:
+        text = "; ".join(problems[:4]) + f" and {len(problems) - 4} more" * (len(problems) > 4)
+        mend = "What was fetched stays, run it again (HTTP 401, 403: HF_TOKEN; 404: is HF_ENDPOINT a full mirror?)"
+        raise PrepareError(f"{len(problems)} of {len(names)} shards could not be fetched: {text}. {mend}")
 
 
 # -----------------------------------------------------------------------------
@@ -545,15 +604,13 @@ def get_token_bytes(device="cpu"):
 
 
 def write_tokens(tokenizer, documents, path):
-    """Tokenize on all cores into `path`. Raises PrepareError if there is no text."""
+    """Tokenize on all cores into `path`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those of this job
     documents = iter(documents)
     with ThreadPoolExecutor(cores) as pool, atomic_write(path) as tokens:
         while texts := list(islice(documents, 256 * cores)):
             for ids in pool.map(tokenizer.encode_document, texts):  # tiktoken releases Python's lock
                 tokens.write(ids.tobytes())
-        if tokens.tell() == 0:
-            raise PrepareError("the files hold no text, or too little for a validation part: add text")
 
 
 @cache
@@ -562,6 +619,13 @@ def read_tokens(split):
     if split not in ("train", "val"):
         raise ValueError(f'split must be "train" or "val", not {split!r}')
     return map_tokens(cache_dir() / open_cache(cache_dir())["files"][f"{split}_tokens"][0])
+
+
+def measure_documents(tokens):
+    """(lengths, hashes) of the documents, int64 each. Equal documents have equal hashes in this process."""
+    stream = document_stream(tokens, forever=False)
+    facts = ((length, hash(tokens[start : start + length].tobytes())) for length, _, start in stream)
+    return np.fromiter(facts, np.dtype((np.int64, 2))).T
 
 
 def map_tokens(path):
@@ -597,26 +661,27 @@ def default_scale(device):
     return "full" if large else "desktop"
 
 
-def check_gpu(device, scale):
-    """Raises PrepareError if this GPU can't do what a run of this scale needs."""
+def check_gpu(device, scale, training):
+    """Raises PrepareError if a run of this scale can't use the GPU of this machine.
+
+    If PyTorch sees none where one is expected, that ends a training. Otherwise it is a note: a login node has no GPU.
+    """
+    driver = os.path.exists("/proc/driver/nvidia") or os.path.exists("/dev/dxg")  # NVIDIA's, the second in WSL2
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         oldest = min(map(int, re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))), default=0)
         if 10 * major + minor < oldest:
             text = f"PyTorch has no kernels for {device_name()}: its compute capability is under {oldest / 10}"
             raise PrepareError(f"{text}: install an older PyTorch, or use the CPU with DEVICE=cpu")
-    if scale == "full" and device.type != "cpu" and not bfloat16_works(device):
+    if device.type != "cpu" and scale == "full" and not bfloat16_works(device):
         text = f"scale full needs a CUDA GPU of compute capability 8 or more, this is {device_name()}"
         raise PrepareError(f"{text}: `uv run prepare.py --scale desktop`")
-
-
-def missing_gpu(device, scale):
-    """What to say if a GPU is expected here and PyTorch sees none, or None. DEVICE=cpu says that none is expected."""
-    driver = os.path.exists("/proc/driver/nvidia") or os.path.exists("/dev/dxg")  # NVIDIA's, the second in WSL2
-    if device.type != "cpu" or os.environ.get("DEVICE") or (scale == "laptop" and not driver):
-        return None
-    text = f"scale {scale}, but PyTorch {torch.__version__} (CUDA: {torch.version.cuda}) sees no GPU"
-    return text + ", although NVIDIA's driver is here: README, Another PyTorch" * driver
+    if device.type == "cpu" and not os.environ.get("DEVICE") and (driver or scale != "laptop"):
+        text = f"scale {scale}, but PyTorch {torch.__version__} (CUDA: {torch.version.cuda}) sees no GPU"
+        text += ", although NVIDIA's driver is here: README, Another PyTorch" * driver
+        if training and scale != "laptop":
+            raise PrepareError(f"{text}. To run on the CPU nevertheless: `DEVICE=cpu uv run train.py`")
+        show("", f"note: {text}")
 
 
 def peak_memory_mb():
@@ -690,20 +755,23 @@ def make_dataloader(tokenizer, B, T, split):
     """Yields (x, y, epoch) forever: int64 tensors (B, T) on the device, y being the tokens that follow x's.
 
     Every row starts with BOS and is packed as `pack_rows` says. The same split, B and T give the same batches. A batch
-    that was handed out never changes. The first one starts the clock. Raises PrepareError, or ValueError for an
-    impossible B, T or split.
+    that was handed out never changes. The first one of training starts the clock. One of validation before the
+    evaluation makes the run void. Raises PrepareError, or ValueError for an impossible B, T or split.
     """
     if B < 1 or T < 1:
         raise ValueError(f"make_dataloader needs B ≥ 1 and T ≥ 1, got B={B}, T={T}")
     tokens = read_tokens(split)
     if tokenizer.get_vocab_size() != constants()["VOCAB_SIZE"]:
         raise PrepareError("this tokenizer is not the one that made the tokens: use Tokenizer.from_directory()")
-    return on_the_clock(batches(tokens, B, T, get_device()))
+    return on_the_clock(batches(tokens, B, T, get_device()), split)
 
 
-def on_the_clock(items):
+def on_the_clock(items, split):
     for item in items:
-        clock.start()
+        if split == "val":
+            clock.val_seen = True
+        else:
+            clock.start()
         yield item
 
 
@@ -738,12 +806,15 @@ class Clock:
     """The time that a model has to learn in, from the first training batch to the beginning of evaluation.
 
     Everything in between counts. Another batch or evaluation after that continues the time as if it had never stopped.
+    `val_bpb` is the number of the last evaluation, None before it and if it failed.
     """
 
     def __init__(self):
-        self.started = self.stopped = None
+        self.started = self.stopped = self.val_bpb = None
         self.work = self.worked = 0.0  # CPU seconds of this process at the start, and from start to stop
         self.rates = []  # of an accelerator, see work_rate()
+        self.evaluations = 0  # since the start
+        self.val_seen = self.val_seen_before = False  # was validation text handed out, and before the evaluation?
         self.asked = [0.0, 0.0, 0.0]  # seconds() at the last three calls of time_is_up()
 
     def start(self):
@@ -754,8 +825,10 @@ class Clock:
         self.stopped = None
 
     def stop(self):
+        self.val_bpb, self.val_seen_before = None, self.val_seen
         if self.started is not None:
             self.stopped, self.worked = time.monotonic(), time.process_time() - self.work
+            self.evaluations += 1
 
     def seconds(self):
         """Seconds of training so far; 0.0 before the first batch."""
@@ -778,11 +851,14 @@ class Clock:
         return self.progress() >= 1.0 or self.asked[-1] + step > self.limit()
 
     def problem(self):
-        """Why the time of training breaks the rules, or None."""
+        """Why the training breaks the rules, or None."""
         if self.started is None:
             return "no batch of training data was asked for, so the clock never ran"
+        if self.val_seen_before:
+            return 'make_dataloader(…, "val") handed out validation text before the evaluation'
         if self.seconds() > self.limit():
-            return f"training took {self.seconds():.1f} s of a budget of {constants()['TIME_BUDGET']} s"
+            twice = "evaluate_bpb was called twice: the first evaluation counts as training. " * (self.evaluations > 1)
+            return f"{twice}training took {self.seconds():.1f} s of a budget of {constants()['TIME_BUDGET']} s"
         return None
 
 
@@ -822,9 +898,7 @@ def start_run():
     Raises PrepareError before anything has been computed.
     """
     device, scale = get_device(), constants()["SCALE"]
-    check_gpu(device, scale)
-    if scale != "laptop" and (problem := missing_gpu(device, scale)):
-        raise PrepareError(f"{problem}. To run on the CPU nevertheless: `DEVICE=cpu uv run train.py`")
+    check_gpu(device, scale, training=True)
     for split in ("train", "val"):
         read_tokens(split)  # open from now on: another prepare.py can't take the files away
     get_token_bytes()
@@ -837,7 +911,12 @@ def start_run():
 
 
 def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, attention):
-    """Print the block that every tool greps. The harness adds what it knows itself. `run` finds it in run.json too."""
+    """Print the block that every tool greps. The harness adds what it knows itself. `run` finds it in run.json too.
+
+    Raises PrepareError if val_bpb is not the number that `evaluate_bpb` returned last.
+    """
+    if clock.val_bpb is None or f"{val_bpb:.6f}" != f"{clock.val_bpb:.6f}":
+        raise PrepareError(f"report() got {val_bpb}, the last evaluate_bpb() returned {clock.val_bpb}: pass that on")
     memory, seed = peak_memory_mb(), torch.initial_seed()
     other = seed != get_seed() and f"train.py set torch's seed to {seed}, the harness set it to SEED={get_seed()}"
     problems = [problem for problem in (clock.problem(), other) if problem]
@@ -874,7 +953,7 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, 
 
 
 def evaluate_bpb(model, tokenizer, batch_size):
-    """Bits per byte of the validation text: Σ nats / (ln 2 · Σ bytes). Stops the clock.
+    """Bits per byte of the validation text: Σ nats / (ln 2 · Σ bytes). Stops the clock. The last call counts.
 
     `model(x)`, x int64 (batch_size, MAX_SEQ_LEN), returns the logits (batch_size, MAX_SEQ_LEN, V), finite, of any
     floating-point type. It never sees the targets: the softmax is done here, in float32, the sums in float64.
@@ -908,7 +987,8 @@ def evaluate_bpb(model, tokenizer, batch_size):
         rows = list(islice(pack_rows(tokens, T, forever=False), constants()["EVAL_TOKENS"] // T))
         token_bytes = get_token_bytes(device)  # the prepared tokenizer's, not those of the one passed in
         with torch.no_grad():
-            return score_rows(model, tokens, rows, T, token_bytes, batch_size, device)
+            clock.val_bpb = score_rows(model, tokens, rows, T, token_bytes, batch_size, device)
+        return clock.val_bpb
     finally:
         if was_training:
             model.train()
@@ -1342,7 +1422,8 @@ def new_row(run, rows):
     row |= {name: report.get(name) for name in ("harness", "prepared", "attention", "machine")}
     if not problem:
         row |= {"val_bpb": report["val_bpb"], "memory_gb": report["memory_gb"]}
-        row |= {"status": "discard" if kind == "idea" else "keep", "change": machine_change(report, rows)}
+        row["status"] = "discard" if kind == "idea" else "keep"
+        row["change"] = machine_change(report, rows) if kind != "baseline" else 0.0
         row["description"] = ", ".join(
             filter(None, [what, f"{report['num_steps']} steps", machine_text(row["change"])])
         )
@@ -1481,17 +1562,18 @@ def night_command(command, *words):
 
 def prepare(args):
     """Make what the options ask for, redo only what depends on a change, and put it in force."""
+    check_gpu(get_device(), args.scale, training=False)
     cache, started = cache_dir(), time.monotonic()
     cache.mkdir(parents=True, exist_ok=True)
     with cache_lock(cache):
         forget_cache()  # another process may have changed it
-        known, trusted = {}, not (cache / MANIFEST).exists()  # a damaged manifest can't tell which files are good
+        known = {}  # {name: checksum}
         with contextlib.suppress(PrepareError):
-            known, trusted = dict(load_manifest(cache)["files"].values()), True
+            known = dict(load_manifest(cache)["files"].values())
 
         def make(path, function):
             """Make a file, unless it is there: its name has the key of what it is made from."""
-            if trusted and path.exists() and known.get(path.name) in (None, checksum(path)):
+            if path.exists() and known.get(path.name) in (None, checksum(path)):
                 return "up to date"
             function(path)
             return "made"
@@ -1508,7 +1590,7 @@ def prepare(args):
         def train_tokenizer(path):
             Tokenizer.train(sample_texts(corpus.documents("train")), args.vocab_size).save(path)
 
-        recipe = [3, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS]
+        recipe = [4, SPLIT_PATTERN, SPECIAL_TOKENS, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS]
         path = cache / f"tokenizer-{cache_key(corpus.key('train'), args.vocab_size, recipe)}.bpe"
         files, made = {"tokenizer": path}, make(path, train_tokenizer)
         tokenizer = Tokenizer.load(path)
@@ -1516,29 +1598,38 @@ def prepare(args):
         more = f", {args.vocab_size:,} were asked for: the text has no more to learn" * (vocab_size < args.vocab_size)
         show("tokenizer", f"{vocab_size:,} tokens, {made}{more}")
 
+        hashes = {}
         for split in ("train", "val"):
             path = cache / f"{split}-{cache_key(corpus.key(split), checksum(files['tokenizer']), recipe)}.bin"
             files[f"{split}_tokens"] = path
             made = make(path, partial(write_tokens, tokenizer, corpus.documents(split)))
+            if not path.stat().st_size:
+                raise PrepareError(f"{corpus.note}. This leaves no text for {split}: add text")
             tokens = map_tokens(path)
-            lengths = np.fromiter((length for length, *_ in document_stream(tokens, forever=False)), np.int64)
+            lengths, hashes[split] = measure_documents(tokens)
             held = np.minimum(lengths, args.seq_len + 1).sum() / len(tokens)
             show(split, f"{len(tokens):,} tokens in {len(lengths):,} documents, rows hold {held:.0%} at most, {made}")
+        repeated = np.isin(hashes["val"], hashes["train"]).mean()
+        show("", f"{repeated:.1%} of the validation documents are also in training")
+        if skipped := sum(corpus.lacking.values()):
+            show("", f"note: {skipped:,} rows without {corpus.column} were passed over")
+        if repeated > MOST_REPEATED:
+            train_path, val_path = corpus.find_repeated()
+            text = f"{repeated:.0%} of the validation documents are also in training, the first in {train_path}"
+            raise PrepareError(f"{text} and {val_path}: remove what is there twice, or name a file of other text val")
 
         wanted = args.eval_tokens // args.seq_len
         rows = sum(1 for _ in islice(pack_rows(tokens, args.seq_len, forever=False), wanted))  # of val
         scored = f"{rows * args.seq_len:,} validation tokens"
         if rows < MIN_VAL_ROWS:
-            text = f"the validation text fills {rows} rows of --seq-len {args.seq_len}, {MIN_VAL_ROWS} are needed"
-            raise PrepareError(f"{text}: add text, add a file named val, or choose a smaller --seq-len")
+            text = f"{corpus.note}. It fills {rows} rows of --seq-len {args.seq_len}, {MIN_VAL_ROWS} are needed"
+            raise PrepareError(f"{text}: add text, rename or name a file val, or choose a smaller --seq-len")
         if rows < wanted:
             show("", f"note: there are {scored} in whole rows; --eval-tokens asks for more")
 
         write_manifest(cache, args, vocab_size, files)
         show("ready", f"scale {args.scale}: rows of {args.seq_len:,} tokens, {args.time_budget} s a run, {scored}")
         show("", f"in {cache}, harness {fingerprint()}, after {time.monotonic() - started:.1f} s")
-        if problem := missing_gpu(get_device(), args.scale):
-            show("", f"note: {problem}")
         show("next", "uv run train.py")
 
 
@@ -1552,14 +1643,10 @@ def write_manifest(cache, args, vocab_size, files):
     constants |= {"VOCAB_SIZE": vocab_size, "EVAL_TOKENS": args.eval_tokens}
     checksums = {kind: [path.name, checksum(path)] for kind, path in files.items()}
     manifest = {"command": args.command, "constants": constants, "files": checksums}
-    text = json.dumps({**manifest, "checksum": cache_key(manifest)}, indent=1).encode()
-    path = cache / MANIFEST
-    if not path.exists() or path.read_bytes() != text:
-        with atomic_write(path) as f:
-            f.write(text)
+    write_json(cache / MANIFEST, manifest)
     forget_cache()
     in_force = {MANIFEST, *(path.name for path in files.values())}
-    made_here = re.compile(rf"((tokenizer|train|val)-[0-9a-f]{{12}}\.(bpe|bin|idx)|{re.escape(MANIFEST)})(\.tmp-\d+)?")
+    made_here = re.compile(rf"((tokenizer|train|val)-[0-9a-f]{{12}}\.(bpe|bin)|{re.escape(MANIFEST)})(\.tmp-\d+)?")
     for path in cache.iterdir():  # the folder may hold files that are not ours
         if made_here.fullmatch(path.name) and path.name not in in_force and path.is_file():
             path.unlink()
@@ -1570,37 +1657,30 @@ def write_manifest(cache, args, vocab_size, files):
 
 
 def parse_arguments(argv):
+    def refuse(message):
+        raise PrepareError(f"{message} (all options: uv run prepare.py --help)")
+
     about = "Prepare data, tokenizer and token files. They are in force until this is run again with other options."
-    where = f"Everything is kept in {cache_dir()} (AUTORESEARCH_CACHE names another folder)."
-    parser = argparse.ArgumentParser("prepare.py", "uv run prepare.py [options]", about, where)
-    corpora = (
-        "climbmix: download prose from the Hugging Face hub (default); source: the Python source files on this "
-        f"machine, no download; DIR: your own {', '.join(KINDS)} files, gzipped or not, or one of them; validation is "
-        "what is named val, valid, validation, dev or test, else the last 5 %% of the text"
-    )
+    parser = argparse.ArgumentParser("prepare.py", "uv run prepare.py [options]", about)
+    parser.error = refuse
+    corpora = "prose from the Hugging Face hub (default), the Python source of this machine, or your own files (README)"
     parser.add_argument("--corpus", default="climbmix", metavar="climbmix|source|DIR", help=corpora)
-    scales = "defaults for what follows (full: a CUDA GPU of 38 GB; desktop: any other GPU; laptop: none)"
-    parser.add_argument("--scale", choices=SCALES, help=scales)
-    column = "column (.jsonl: key) of your own files that has the text (text)"
-    parser.add_argument("--text-column", default="text", metavar="NAME", help=column)
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="column or key of your text (text)")
+    scale = default_scale(get_device())
+    parser.add_argument("--scale", choices=SCALES, default=scale, help=f"defaults of what follows (here {scale})")
     for name, (*_, defaults, meaning) in OPTIONS.items():
         each = ", ".join(f"{scale} {default:,}" for scale, default in zip(SCALES, defaults))
         parser.add_argument(option(name), type=int, metavar="N", help=f"{meaning} ({each})")
     args = parser.parse_args(argv)
     if args.corpus not in ("climbmix", "source"):
         args.corpus = str(Path(args.corpus).expanduser().resolve())
-    args.scale = args.scale or default_scale(get_device())
-    check_gpu(get_device(), args.scale)
     for name, (low, high, defaults, _) in OPTIONS.items():
-        value = getattr(args, name)
-        if value is None:
-            value = defaults[SCALES.index(args.scale)]
-        if not low <= value <= high or value == 0:  # only num_shards has a limit below 0
-            but = ", not 0" * (low < 0)
-            parser.error(f"{option(name)} needs a whole number from {low:,} to {high:,}{but}, got {value:,}")
-        setattr(args, name, value)
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[SCALES.index(args.scale)])
+        if not low <= getattr(args, name) <= high or getattr(args, name) == 0:
+            refuse(f"{option(name)} needs a whole number from {low:,} to {high:,}, got {getattr(args, name):,}")
     if args.eval_tokens < MIN_VAL_ROWS * args.seq_len:
-        parser.error(f"--eval-tokens {args.eval_tokens} is less than {MIN_VAL_ROWS} rows of --seq-len {args.seq_len}")
+        refuse(f"--eval-tokens {args.eval_tokens} is less than {MIN_VAL_ROWS} rows of --seq-len {args.seq_len}")
     args.command = shlex.join(["uv", "run", "prepare.py", *(f"{option(k)}={v}" for k, v in vars(args).items())])
     return args
 

@@ -69,7 +69,8 @@ def main():
             timed("download and verify, loopback", lambda: prepare.download_shards(names, data, 8), "MB", megabytes)
         timed("again, nothing to do", lambda: prepare.download_shards(names, data, 8), "MB", megabytes)
         paths = [data / name for name in names]
-        texts = list(prepare.sample_texts(prepare.read_texts(paths[:-1], "text")))
+        corpus = prepare.Corpus(paths[:-1], paths[-1:], "", length=None)
+        texts = list(prepare.sample_texts(corpus.documents("train")))
         characters = sum(map(len, texts)) / 1e6
         print(f"{'':<34}{characters:8.1f} M characters for the tokenizer")
         train = lambda: prepare.Tokenizer.train(iter(texts), args.vocab_size)  # noqa: E731
@@ -77,7 +78,7 @@ def main():
 
         def tokenize(cpus):
             os.sched_setaffinity(0, available[:cpus])
-            prepare.write_tokens(tokenizer, prepare.read_texts(paths[:-1], "text"), folder / f"train-{cpus}.bin")
+            prepare.write_tokens(tokenizer, corpus.documents("train"), folder / f"train-{cpus}.bin")
             os.sched_setaffinity(0, available)
             return (folder / f"train-{cpus}.bin").stat().st_size / 2e6
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import huggingface_hub
 import pyarrow as pa
@@ -39,12 +40,12 @@ except KeyboardInterrupt:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """Parquet shards of prose, Python's language reference, each in an order of its own; some 300 kB."""
+    """Parquet shards of prose, Python's language reference: for training in different orders, 20 for validation."""
     folder = tmp_path_factory.mktemp("shards")
     documents = [f"{title}\n\n{text}" for title, text in sorted(pydoc_data.topics.topics.items())]
     for seed, name in enumerate(NAMES):
-        random.Random(seed).shuffle(documents)
-        pq.write_table(pa.table({"text": documents}), folder / name, row_group_size=16)
+        texts = documents[:20] if name == VAL else random.Random(seed).sample(documents[20:], len(documents) - 20)
+        pq.write_table(pa.table({"text": texts}), folder / name, row_group_size=16)
     return {name: folder / name for name in NAMES}
 
 
@@ -156,6 +157,20 @@ def test_the_same_problem_of_many_shards_is_told_once(hub, folder):
     assert message.count("(HTTP 404)") == 4 and " and 16 more" in message and "20 of 20 shards" in message
 
 
+def test_a_disk_without_symbolic_links(hub, folder, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    download(folder)
+
+
+def test_a_full_disk_is_found_before_anything_is_fetched(hub, folder, monkeypatch):
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=7e8))
+    assert "has 0.7 GB free, shards and token files need about 0.8 GB" in error_of(folder)
+    assert hub.requests == []
+
+
 def test_a_stalled_stream_is_tried_again(hub, folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     hub.fail(A, Fault(stall=100_000))
@@ -168,13 +183,14 @@ def test_a_stalled_stream_is_tried_again(hub, folder, monkeypatch):
 
 
 def test_kill_9_and_a_second_run(hub, folder):
-    hub.fail(A, Fault(stall=200_000))
+    hub.fail(A, Fault(stall=100_000))
     first = client(folder, A, VAL)
     wait_until(lambda: hub.seen("storage", A) and present(folder) == [VAL], "one of two shards")
     first.kill()
     first.communicate()
     assert (folder / prepare.INCOMING).exists()  # half a shard, under another name
     hub.requests.clear()
+    download(folder, VAL)  # misses nothing, and takes away what was left
     download(folder, A, VAL)
     assert hub.seen("storage", VAL) == []
 
@@ -242,16 +258,16 @@ def test_a_network_that_goes_away_is_found_out_once(hub, folder, monkeypatch):
     """Not by every shard for itself: after the attempts of one shard, the others are not waited for."""
     names = [f"shard_{n:05d}.parquet" for n in range(40)]
     hub.files |= dict.fromkeys(names, hub.files[A])
-    attempts, fetch_shard = [], prepare.fetch_shard
+    attempts, ask = [], huggingface_hub.get_hf_file_metadata
 
-    def fetch_two(path, *arguments):
-        attempts.append(path.name)
+    def ask_twice(url):
+        attempts.append(url)
         if len(attempts) > 2:
             hub.close()
-            return f"{path.name} (the network is gone)"
-        return fetch_shard(path, *arguments)
+            raise OSError("the network is gone")
+        return ask(url)
 
-    monkeypatch.setattr(prepare, "fetch_shard", fetch_two)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask_twice)
     with pytest.raises(prepare.PrepareError, match="cannot reach"):
         prepare.download_shards(names, folder, 1)
     assert len(attempts) == len(names) and present(folder) == names[:2]  # one round, then the hub is asked

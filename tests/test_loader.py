@@ -1,9 +1,6 @@
-"""The loader: packed as a slow and obvious packer packs, never stale, and gone when its process goes."""
+"""The loader: packed as a slow and obvious packer packs, and never stale."""
 
 import random
-import signal
-import subprocess
-import sys
 import time
 from itertools import chain, islice, pairwise
 from operator import itemgetter
@@ -11,7 +8,6 @@ from operator import itemgetter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 import prepare
 
@@ -120,26 +116,6 @@ def test_impossible_shapes_are_refused(cache):
     foreign = prepare.Tokenizer.train(iter(["other text"]), 260)
     with pytest.raises(prepare.PrepareError, match="from_directory"):
         prepare.make_dataloader(foreign, 1, 8, "train")
-
-
-LOAD = """
-import time, prepare
-loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 64, 64, "train")
-next(loader)
-print("first", flush=True)
-time.sleep(60)
-"""
-
-
-def test_ctrl_c_ends_it(cache):
-    """Although the loader's thread is at work."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOAD], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "first\n"
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGINT and error.strip().endswith("KeyboardInterrupt")
 
 
 # -----------------------------------------------------------------------------

@@ -183,6 +183,15 @@ def test_the_bytes_are_those_of_the_prepared_tokenizer(tokenizer):
     assert prepare.evaluate_bpb(Model(V), Longer(tokenizer.ranks), 8) == prepare.evaluate_bpb(Model(V), tokenizer, 8)
 
 
+def test_the_last_evaluation_counts_also_if_it_fails(tokenizer):
+    V = tokenizer.get_vocab_size()
+    for model in (Model(V), embedding_model(V)):
+        assert prepare.evaluate_bpb(model, tokenizer, 8) == prepare.clock.val_bpb
+    with pytest.raises(prepare.EvaluationError):
+        prepare.evaluate_bpb(Model(V + 1), tokenizer, 8)
+    assert prepare.clock.val_bpb is None
+
+
 def test_a_score_that_is_no_number_is_refused(tokenizer):
     V = tokenizer.get_vocab_size()
     huge = torch.full((V,), -3e38)
@@ -241,7 +250,8 @@ def test_the_clock_runs_from_the_first_batch_to_evaluation(tokenizer, now, capsy
     assert prepare.clock.seconds() == 2.5 and capsys.readouterr().err == ""
     prepare.evaluate_bpb(Model(400), tokenizer, 64)  # whatever was learned between the two
     assert prepare.clock.seconds() == 12.5
-    assert "training took 12.5 s of a budget of 2 s" in capsys.readouterr().err
+    twice = "evaluate_bpb was called twice: the first evaluation counts as training"
+    assert f"{twice}. training took 12.5 s of a budget of 2 s" in capsys.readouterr().err
     next(loader)  # learning after an evaluation is on the clock too, as if it had never stopped
     now[0] += 1
     assert prepare.clock.seconds() == 13.5
