@@ -120,17 +120,28 @@ def test_a_run_that_breaks_a_rule_has_no_number(cache, now, monkeypatch, tmp_pat
         assert text.count("warning: ") == len(run["report"]["problems"])
         return " ".join(run["report"]["problems"])
 
+    def evaluate():
+        error = None
+        try:
+            prepare.evaluate_bpb(None, tokenizer, 8)
+        except prepare.EvaluationError as caught:
+            error = str(caught)
+        assert error == prepare.clock.problem()  # in a night such a run ends here
+        with monkeypatch.context() as patch:
+            patch.delenv("AUTORESEARCH_RUN")
+            prepare.evaluate_bpb(None, tokenizer, 8)
+
     monkeypatch.setattr(prepare, "score_rows", lambda *_: 1.0)
     tokenizer = prepare.Tokenizer.from_directory()
     train, val = (prepare.make_dataloader(tokenizer, 1, 8, split) for split in ("train", "val"))
     torch.manual_seed(0)
     with pytest.raises(prepare.PrepareError, match=r"report\(\) got 1.0, the last evaluate_bpb\(\) returned None"):
         report()
-    prepare.evaluate_bpb(None, tokenizer, 8)
+    evaluate()
     assert "the clock never ran" in report()
     next(train)
     now[0] += 2.9
-    prepare.evaluate_bpb(None, tokenizer, 8)
+    evaluate()
     assert report() == report(1.0000001) == ""  # what a format of six digits keeps
     for other in (0.5, math.nan):
         with pytest.raises(prepare.PrepareError, match=f"got {other}, the last .* returned 1.0: pass that on"):
@@ -141,7 +152,7 @@ def test_a_run_that_breaks_a_rule_has_no_number(cache, now, monkeypatch, tmp_pat
     next(val)  # whoever looks at it after the evaluation has learned nothing from it
     assert report() == ""
     now[0] += 0.5
-    prepare.evaluate_bpb(None, tokenizer, 8)
+    evaluate()
     assert 'make_dataloader(…, "val") handed out validation text before the evaluation' in report()
 
 
