@@ -1409,7 +1409,7 @@ def why_again(run, rows):
         return f"its harness is {report['harness']}, the baseline's {rows[0]['harness']}: first {first}"
     if problem:
         return f"it has no number ({problem})" if run["kind"] != "idea" else None
-    if run["kind"] != "baseline" and run["tries"] == 1:
+    if run["kind"] != "baseline" and run["tries"] == 1 and not rows[-1]["change"]:  # if it lasts, once is enough
         return machine_text(machine_change(report, rows)) or None
 
 
