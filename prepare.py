@@ -269,7 +269,9 @@ class Corpus:
 
     def find_repeated(self):
         """(the first file of training with a document of validation, the file of validation that has it)"""
-        places = {piece: path for path, piece in self.pieces("val")}
+        places = {}
+        for path, piece in self.pieces("val"):
+            places.setdefault(piece, path)
         return next((path, places[piece]) for path, piece in self.pieces("train") if piece in places)
 
 
@@ -616,8 +618,7 @@ def get_device():
 
     Raises PrepareError if DEVICE names no device of this machine.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here = [name for name in available if available[name]]
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = os.environ.get("DEVICE") or here[0]
     if name not in here:
         raise PrepareError(f"DEVICE={name!r} is not on this machine, which has: {', '.join(here)}")
@@ -963,13 +964,12 @@ def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
             n_bytes = token_bytes[part_y.flatten()].to(accumulator)
             nats += (loss.to(accumulator).double() * (n_bytes > 0)).sum()
             total_bytes += n_bytes.sum()
+        del part, parts
         if start in checked:
             row_ids = sorted(rng.sample(range(batch_size), rows_checked))
             logits = logits[row_ids]  # a copy: the model may reuse its output's memory
-        del part, parts  # before the next logits exist: two of them take more memory than training
-        if start in checked:
             check_causality(model, x, row_ids, logits, V, rng)
-        del logits
+        del logits  # before the next ones exist: two of them take more memory than training
     result = nats.item() / (math.log(2) * total_bytes.item())
     if not math.isfinite(result):
         raise EvaluationError(f"the logits are so large that the score is {result}")
@@ -996,34 +996,25 @@ def check_causality(model, x, row_ids, ref_logits, V, rng):
     """
     B, T = x.shape
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-
-    def random_like(x):  # tokens that differ from x's everywhere
-        return (x + torch.randint(1, V, x.shape, generator=generator).to(x.device)) % V
-
-    def difference(changed, keep):
-        """The largest change of a logit where keep (B, T) is true."""
-        logits = checked_logits(model, changed, V)
-        pairs = ((logits[i][keep[i]], ref[keep[i]]) for i, ref in zip(row_ids, ref_logits))
-        return max((a - b).abs().max().item() if len(a) else 0.0 for a, b in pairs)
-
-    def compare(changed, keep, problem):
-        worst = difference(changed, keep)
-        if worst > CAUSALITY_TOLERANCE:
-            again = difference(x.clone(), torch.ones_like(keep))
-            if again > CAUSALITY_TOLERANCE:
-                problem = "the same input gave other logits (a state, or a kernel that is not deterministic)"
-            raise EvaluationError(f"{problem}: a logit changed by {max(worst, again):.3g}, so there is no number")
-
-    if B > 1:
-        others = torch.ones(B, 1, dtype=torch.bool, device=x.device)
-        others[row_ids] = False
-        changed = torch.where(others, random_like(x), x)
-        compare(changed, ~others.expand(B, T), "the model mixes rows: other rows changed a row's logits")
+    noise = (x + torch.randint(1, V, x.shape, generator=generator).to(x.device)) % V  # differs from x everywhere
+    others = torch.ones_like(x, dtype=torch.bool)
+    others[row_ids] = False
     # Each row is changed from a position of its own on. A row of one token has no earlier position.
     t = torch.tensor([rng.randrange(1, T) if T > 1 else 1 for _ in range(B)], device=x.device)
     future = torch.arange(T, device=x.device) >= t[:, None]  # (B, T)
-    changed = torch.where(future, random_like(x), x)
-    compare(changed, ~future, "the model is not causal: later tokens changed earlier logits")
+
+    def difference(changed):
+        """The largest change of a logit where `changed` (B, T) is false, if the tokens where it is true are others."""
+        logits = checked_logits(model, torch.where(changed, noise, x), V)
+        pairs = ((logits[i][~changed[i]], ref[~changed[i]]) for i, ref in zip(row_ids, ref_logits))
+        return max((a - b).abs().max().item() if len(a) else 0.0 for a, b in pairs)
+
+    mixes, looks = "the model mixes rows: other rows", "the model is not causal: later tokens"
+    for changed, problem in ((others, f"{mixes} changed a row's logits"), (future, f"{looks} changed earlier logits")):
+        if (worst := difference(changed)) > CAUSALITY_TOLERANCE:
+            if (again := difference(torch.zeros_like(changed))) > CAUSALITY_TOLERANCE:
+                problem = "the same input gave other logits (a state, or a kernel that is not deterministic)"
+            raise EvaluationError(f"{problem}: a logit changed by {max(worst, again):.3g}, so there is no number")
 
 
 # -----------------------------------------------------------------------------
