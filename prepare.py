@@ -83,11 +83,6 @@ MOST_REPEATED = 0.5  # share of the validation documents that may be training do
 BUFFER_DOCS, REFILL_DOCS = 1_000, 128  # documents from which a row is packed; documents read at a time
 PREFETCH = 3  # batches made ahead
 
-CAUSALITY_ROWS = 64  # validation rows on which causality is checked, each at a random position of its own
-CAUSALITY_ROWS_PER_BATCH = 16  # at most: their logits are kept for the comparison
-CAUSALITY_TOLERANCE = 1e-3  # logits; a smaller leak is worth less than the noise of a seed
-ROWS_PER_LOSS = 8  # rows of logits that are scored in one call: fewer take more calls, more take more memory
-
 
 class PrepareError(Exception):
     """An error that the user can fix. One line: what was found, what was expected, and the command that fixes it."""
@@ -111,16 +106,13 @@ def cache_dir():
     return folder
 
 
-def checksum(path, chunk=1 << 24, most=128):
-    """sha256 of a file, as hex. Of a file over 2 GiB, sha256 of 128 chunks of 16 MiB, evenly spaced.
-
-    Every run checks the whole cache before it trains, so the check must stay fast for a large corpus.
-    """
+def checksum(path):
+    """sha256 of a file as hex; over 2 GiB, of 128 chunks of 16 MiB, evenly spaced: every run checks the whole cache."""
     sha256, size = hashlib.sha256(), os.path.getsize(path)
     with open(path, "rb") as f:
-        for start in range(0, size, max(chunk, size // most)):
+        for start in range(0, size, max(2**24, size // 128)):
             f.seek(start)
-            sha256.update(f.read(chunk))
+            sha256.update(f.read(2**24))
     return sha256.hexdigest()
 
 
@@ -216,7 +208,6 @@ def fingerprint():
 KINDS = (".parquet", ".jsonl", ".csv", ".txt", ".md")  # of a user's own files
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # of all but .parquet
 VAL_NAME = re.compile(r"(?i)(?<![a-z])(val|valid|validation|dev|test)(?![a-z])")  # not latest.txt
-MOST_LACKING = 0.01  # share of the rows of a file that may lack the column of the text
 
 
 class Corpus:
@@ -254,22 +245,24 @@ class Corpus:
                 start += len(piece)
 
     def texts(self, split):
-        """Yields (path, text), the text of null being "". Rows without the column are counted and passed over."""
+        """Yields (path, text), the text of null being "". Rows without the column are passed over, up to 1 %."""
         for path in tqdm(self.paths[split], desc="reading", unit="file", leave=False, disable=None):
             number, lacking = 0, 0
             try:
                 for row in read_rows(path, self.column):
-                    if self.column in row:
-                        yield path, as_text(row[self.column], self.column)
-                    else:
+                    if self.column not in row:
                         lacking, columns = lacking + 1, ", ".join(f"{name} ({kind_of(row[name])})" for name in row)
+                    elif isinstance(text := row[self.column] or "", str):
+                        yield path, text
+                    else:
+                        raise ValueError(f"{self.column} is {kind_of(text)}, not text: {str(text)[:60]}")
                     number += 1
-                    if lacking > max(100, MOST_LACKING * number):  # the end of the file would not change it
+                    if lacking > max(100, number / 100):  # the end of the file would not change it
                         break
             except Exception as error:  # of many kinds: every format has a library of its own
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise PrepareError(f"{path} can't be used (row {number + 1}: {reason}): fix or remove it") from error
-            if lacking > MOST_LACKING * number:
+            if lacking > number / 100:
                 text = f"{path} can't be used: {lacking:,} of {number:,} rows have no {self.column}"
                 raise PrepareError(f"{text}; there is {columns}: choose by --text-column NAME")
             self.lacking[path] = lacking
@@ -285,12 +278,6 @@ class Corpus:
 def cut(text, length):
     """Pieces of about `length` characters, each to the end of a line where there is one; [text] if length is None."""
     return re.findall(rf"(?s).{{1,{length - 1}}}(?:\n|\Z)|.{{{length}}}", text) if length else [text]
-
-
-def as_text(value, column):
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{column} is {kind_of(value)}, not text: {str(value)[:60]}")
-    return value or ""
 
 
 def kind_of(value):
@@ -324,13 +311,11 @@ def read_rows(path, column):
 
 
 def parse_object(line):
-    row = None
     with contextlib.suppress(ValueError):
-        row = json.loads(line)
-    if not isinstance(row, dict):
-        hint = " (jq -c '.[]' makes them of an array)" * line.startswith("[")
-        raise ValueError(f"one object a line is needed{hint}, not {line.strip()[:60]}")
-    return row
+        if isinstance(row := json.loads(line), dict):
+            return row
+    hint = " (jq -c '.[]' makes them of an array)" * line.startswith("[")
+    raise ValueError(f"one object a line is needed{hint}, not {line.strip()[:60]}")
 
 
 def format_of(path):
@@ -373,7 +358,7 @@ def own_corpus(path, column, length=DOCUMENT_CHARS):
     names = [str(file.relative_to(path)) for file in find_files(path)]
     numbered = {name: re.sub(r"\d+", lambda number: number[0].zfill(20), name) for name in names}
     names.sort(key=lambda name: (not VAL_NAME.search(name), numbered[name], name))
-    files = {}  # {what is the same for all names of a file: its first name}
+    files = {}  # {what all names of a file have in common: the first of them}
     for name in names:
         found = (path / name).stat()
         files.setdefault((found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns), name)
@@ -426,12 +411,8 @@ RETRY_PAUSES = (1, 5, 25)  # seconds before the second, third and fourth attempt
 
 def require_hub():
     """The hub's address, after it answered. huggingface_hub takes half a minute to say that none does."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     try:
-        if HF_HUB_OFFLINE:
-            raise requests.ConnectionError("HF_HUB_OFFLINE is set")
         requests.head(endpoint, timeout=HUB_TIMEOUT)
     except requests.RequestException as error:
         check = "check network, proxy (HTTPS_PROXY) and mirror (HF_ENDPOINT); `--corpus source` needs no network"
@@ -518,10 +499,8 @@ class Tokenizer:
         self.ranks = ranks
         specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         mergeable_ranks = {token: rank for rank, token in enumerate(ranks)}
-        self.encoding = tiktoken.Encoding(
-            "autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=mergeable_ranks, special_tokens=specials
-        )
-        self.bos_token_id = specials[SPECIAL_TOKENS[0]]
+        options = dict(pat_str=SPLIT_PATTERN, mergeable_ranks=mergeable_ranks, special_tokens=specials)
+        self.encoding = tiktoken.Encoding("autoresearch", **options)
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -553,14 +532,12 @@ class Tokenizer:
         return self.encoding.n_vocab
 
     def get_bos_token_id(self):
-        return self.bos_token_id
+        return len(self.ranks)
 
-    def encode(self, text):
-        return [i for piece in split_long_runs(text) for i in self.encoding.encode_ordinary(piece)]
-
-    def encode_document(self, text):
-        """Token ids of a document after a BOS, uint16 of shape (n + 1,)."""
-        return np.array([self.bos_token_id, *self.encode(text)], np.uint16)
+    def encode(self, text, prepend=None):
+        """Token ids of a text, a list of int, after the id `prepend` if there is one."""
+        ids = [i for piece in split_long_runs(text) for i in self.encoding.encode_ordinary(piece)]
+        return ids if prepend is None else [prepend, *ids]
 
     def decode(self, ids):
         return self.encoding.decode(ids)
@@ -606,11 +583,11 @@ def get_token_bytes(device="cpu"):
 def write_tokens(tokenizer, documents, path):
     """Tokenize on all cores into `path`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those of this job
-    documents = iter(documents)
+    documents, encode = iter(documents), partial(tokenizer.encode, prepend=tokenizer.get_bos_token_id())
     with ThreadPoolExecutor(cores) as pool, atomic_write(path) as tokens:
         while texts := list(islice(documents, 256 * cores)):
-            for ids in pool.map(tokenizer.encode_document, texts):  # tiktoken releases Python's lock
-                tokens.write(ids.tobytes())
+            for ids in pool.map(encode, texts):  # tiktoken releases Python's lock
+                tokens.write(np.array(ids, np.uint16).tobytes())
 
 
 @cache
@@ -641,8 +618,7 @@ def get_device():
 
     Raises PrepareError if DEVICE names no device of this machine.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here = [name for name in available if available[name]]
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = os.environ.get("DEVICE") or here[0]
     if name not in here:
         raise PrepareError(f"DEVICE={name!r} is not on this machine, which has: {', '.join(here)}")
@@ -652,13 +628,6 @@ def get_device():
 def bfloat16_works(device):
     """Whether a run computes in bfloat16 on this device (CUDA of compute capability 8 or more), else in float32."""
     return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8  # compiled code may ask this
-
-
-def default_scale(device):
-    if device.type == "cpu":
-        return "laptop"
-    large = bfloat16_works(device) and torch.cuda.get_device_properties(device).total_memory >= 38e9
-    return "full" if large else "desktop"
 
 
 def check_gpu(device, scale, training):
@@ -727,21 +696,21 @@ def pack_rows(tokens, T, forever):
             i = bisect_left(buffer, (room + 1,))  # the first that is too long
             if i:
                 i = bisect_left(buffer, (buffer[i - 1][0],))  # the first of the longest that fit
-            length, passed, start = buffer.pop(i)
+            length, number, start = buffer.pop(i)
             row.append((start, min(length, room)))
-            room, epoch = max(room - length, 0), max(epoch, passed)
+            room, epoch = max(room - length, 0), max(epoch, number)
         yield row, epoch
 
 
 def document_stream(tokens, forever):
     """Yields (length, pass over the data from 1, start) of each document in order, once or again and again."""
-    for passed in count(1) if forever else [1]:
+    for epoch in count(1) if forever else [1]:
         start = 0
         for block in range(1, len(tokens), 2**20):  # in blocks: a large file stays on disk
             for end in (block + np.flatnonzero(tokens[block : block + 2**20] == tokens[0])).tolist():
-                yield end - start, passed, start
+                yield end - start, epoch, start
                 start = end
-        yield len(tokens) - start, passed, start
+        yield len(tokens) - start, epoch, start
 
 
 def fill_rows(tokens, rows, out):
@@ -763,16 +732,16 @@ def make_dataloader(tokenizer, B, T, split):
     tokens = read_tokens(split)
     if tokenizer.get_vocab_size() != constants()["VOCAB_SIZE"]:
         raise PrepareError("this tokenizer is not the one that made the tokens: use Tokenizer.from_directory()")
-    return on_the_clock(batches(tokens, B, T, get_device()), split)
 
+    def hand_out():
+        for batch in batches(tokens, B, T, get_device()):
+            if split == "val":
+                clock.val_seen = True
+            else:
+                clock.start()
+            yield batch
 
-def on_the_clock(items, split):
-    for item in items:
-        if split == "val":
-            clock.val_seen = True
-        else:
-            clock.start()
-        yield item
+    return hand_out()
 
 
 def batches(tokens, B, T, device):
@@ -994,6 +963,12 @@ def evaluate_bpb(model, tokenizer, batch_size):
             model.train()
 
 
+CAUSALITY_ROWS = 64  # validation rows on which causality is checked, each at a random position of its own
+CAUSALITY_ROWS_PER_BATCH = 16  # at most: their logits are kept for the comparison
+CAUSALITY_TOLERANCE = 1e-3  # logits; a smaller leak is worth less than the noise of a seed
+ROWS_PER_LOSS = 8  # rows of logits that are scored in one call: fewer take more calls, more take more memory
+
+
 def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
     """Bits per byte of packed `rows`; token_bytes (V,) on the device."""
     V = len(token_bytes)
@@ -1003,7 +978,7 @@ def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
     checked = set(rng.sample(starts, min(-(-CAUSALITY_ROWS // rows_checked), len(starts))))
     accumulator = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
     nats = torch.zeros((), dtype=torch.float64, device=accumulator)
-    count = torch.zeros((), dtype=torch.int64, device=accumulator)
+    total_bytes = torch.zeros((), dtype=torch.int64, device=accumulator)
     packed = np.empty((batch_size, T + 1), np.int64)
     for start in starts:
         batch = rows[start : start + batch_size]
@@ -1017,13 +992,14 @@ def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
             loss = F.cross_entropy(part.flatten(0, 1).float(), part_y.flatten(), reduction="none")  # (rows · T,)
             n_bytes = token_bytes[part_y.flatten()].to(accumulator)
             nats += (loss.to(accumulator).double() * (n_bytes > 0)).sum()
-            count += n_bytes.sum()
-        row_ids = sorted(rng.sample(range(batch_size), rows_checked))
-        ref_logits = logits[row_ids] if start in checked else None  # a copy: the model may reuse its output's memory
-        del logits, part, parts  # before the next logits exist: two of them take more memory than training
-        if ref_logits is not None:
-            check_causality(model, x, row_ids, ref_logits, V, rng)
-    result = nats.item() / (math.log(2) * count.item())
+            total_bytes += n_bytes.sum()
+        del part, parts
+        if start in checked:
+            row_ids = sorted(rng.sample(range(batch_size), rows_checked))
+            logits = logits[row_ids]  # a copy: the model may reuse its output's memory
+            check_causality(model, x, row_ids, logits, V, rng)
+        del logits  # before the next ones exist: two of them take more memory than training
+    result = nats.item() / (math.log(2) * total_bytes.item())
     if not math.isfinite(result):
         raise EvaluationError(f"the logits are so large that the score is {result}")
     return result
@@ -1049,34 +1025,25 @@ def check_causality(model, x, row_ids, ref_logits, V, rng):
     """
     B, T = x.shape
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-
-    def random_like(x):  # tokens that differ from x's everywhere
-        return (x + torch.randint(1, V, x.shape, generator=generator).to(x.device)) % V
-
-    def difference(changed, keep):
-        """The largest change of a logit where keep (B, T) is true."""
-        logits = checked_logits(model, changed, V)
-        pairs = ((logits[i][keep[i]], ref[keep[i]]) for i, ref in zip(row_ids, ref_logits))
-        return max((a - b).abs().max().item() if len(a) else 0.0 for a, b in pairs)
-
-    def compare(changed, keep, problem):
-        worst = difference(changed, keep)
-        if worst > CAUSALITY_TOLERANCE:
-            again = difference(x.clone(), torch.ones_like(keep))
-            if again > CAUSALITY_TOLERANCE:
-                problem = "the same input gave other logits (a state, or a kernel that is not deterministic)"
-            raise EvaluationError(f"{problem}: a logit changed by {max(worst, again):.3g}, so there is no number")
-
-    if B > 1:
-        others = torch.ones(B, 1, dtype=torch.bool, device=x.device)
-        others[row_ids] = False
-        changed = torch.where(others, random_like(x), x)
-        compare(changed, ~others.expand(B, T), "the model mixes rows: other rows changed a row's logits")
+    noise = (x + torch.randint(1, V, x.shape, generator=generator).to(x.device)) % V  # differs from x everywhere
+    others = torch.ones_like(x, dtype=torch.bool)
+    others[row_ids] = False
     # Each row is changed from a position of its own on. A row of one token has no earlier position.
     t = torch.tensor([rng.randrange(1, T) if T > 1 else 1 for _ in range(B)], device=x.device)
     future = torch.arange(T, device=x.device) >= t[:, None]  # (B, T)
-    changed = torch.where(future, random_like(x), x)
-    compare(changed, ~future, "the model is not causal: later tokens changed earlier logits")
+
+    def difference(changed):
+        """The largest change of a logit where `changed` (B, T) is false, if the tokens where it is true are others."""
+        logits = checked_logits(model, torch.where(changed, noise, x), V)
+        pairs = ((logits[i][~changed[i]], ref[~changed[i]]) for i, ref in zip(row_ids, ref_logits))
+        return max((a - b).abs().max().item() if len(a) else 0.0 for a, b in pairs)
+
+    mixes, looks = "the model mixes rows: other rows", "the model is not causal: later tokens"
+    for changed, problem in ((others, f"{mixes} changed a row's logits"), (future, f"{looks} changed earlier logits")):
+        if (worst := difference(changed)) > CAUSALITY_TOLERANCE:
+            if (again := difference(torch.zeros_like(changed))) > CAUSALITY_TOLERANCE:
+                problem = "the same input gave other logits (a state, or a kernel that is not deterministic)"
+            raise EvaluationError(f"{problem}: a logit changed by {max(worst, again):.3g}, so there is no number")
 
 
 # -----------------------------------------------------------------------------
@@ -1611,12 +1578,11 @@ def prepare(args):
             show(split, f"{len(tokens):,} tokens in {len(lengths):,} documents, rows hold {held:.0%} at most, {made}")
         repeated = np.isin(hashes["val"], hashes["train"]).mean()
         show("", f"{repeated:.1%} of the validation documents are also in training")
+        if repeated > MOST_REPEATED:
+            text = "first in {} and {}: remove what is there twice".format(*corpus.find_repeated())
+            raise PrepareError(f"{repeated:.0%} of the validation documents are also in training, {text}")
         if skipped := sum(corpus.lacking.values()):
             show("", f"note: {skipped:,} rows without {corpus.column} were passed over")
-        if repeated > MOST_REPEATED:
-            train_path, val_path = corpus.find_repeated()
-            text = f"{repeated:.0%} of the validation documents are also in training, the first in {train_path}"
-            raise PrepareError(f"{text} and {val_path}: remove what is there twice, or name a file of other text val")
 
         wanted = args.eval_tokens // args.seq_len
         rows = sum(1 for _ in islice(pack_rows(tokens, args.seq_len, forever=False), wanted))  # of val
@@ -1666,7 +1632,9 @@ def parse_arguments(argv):
     corpora = "prose from the Hugging Face hub (default), the Python source of this machine, or your own files (README)"
     parser.add_argument("--corpus", default="climbmix", metavar="climbmix|source|DIR", help=corpora)
     parser.add_argument("--text-column", default="text", metavar="NAME", help="column or key of your text (text)")
-    scale = default_scale(get_device())
+    device = get_device()
+    large = bfloat16_works(device) and torch.cuda.get_device_properties(device).total_memory >= 38e9
+    scale = "laptop" if device.type == "cpu" else "full" if large else "desktop"
     parser.add_argument("--scale", choices=SCALES, default=scale, help=f"defaults of what follows (here {scale})")
     for name, (*_, defaults, meaning) in OPTIONS.items():
         each = ", ".join(f"{scale} {default:,}" for scale, default in zip(SCALES, defaults))
