@@ -311,6 +311,7 @@ def test_an_apple_gpu_needs_no_float64(tokenizer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append(1))
     monkeypatch.setattr(torch.Tensor, "to", move)
+    monkeypatch.setattr(prepare, "work_rate", lambda device: 1.0)
     assert prepare.get_device().type == "mps"
     assert prepare.evaluate_bpb(model, tokenizer, 8) == expected
     assert set(seen) == {OnMPS} and waits
