@@ -1066,7 +1066,7 @@ def bars(rows):
 
     head    the mean of the baseline, later the number of the last kept run
     margin  KEEP_MARGIN standard deviations of the baseline
-    n       waves since the last keep, at most KEEP_WAVES
+    n       waves since the last keep, without those that only crashed, at most KEEP_WAVES
 
     A change whose description begins with `simpler` has the bar head + margin, and never raises head. A kept commit
     that runs again (a check) has no bar (nan) and moves none. Nothing has one while the baseline has fewer than three
@@ -1267,11 +1267,14 @@ def start_runs(*words):
         for tree, (state, run, renewed) in found.items():
             # The time: another command may have started it while we looked
             if state in (NEW, CUT_OFF, AGAIN) and read_run(tree, night.branch)[2] == renewed:
-                begin(tree, plan[tree], night.branch, tries=1 if state == NEW else run["tries"] + 1)
+                earlier = run.get("report") if state == AGAIN else None
+                begin(tree, plan[tree], night.branch, earlier)
                 started.append(tree)
+    if check and not plan:
+        return report_check(night.rows)
     if not started:
         reason = "it is going on or has ended: `uv run prepare.py decide`" if plan else "commit an idea"
-        raise PrepareError(f"nothing new to run: {'the check is complete' if check and not plan else reason}")
+        raise PrepareError(f"nothing new to run: {reason}")
     print("started", some([plan[tree].name(tree) for tree in started]), flush=True)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(night.trees))))).split(",")
     for tree in started:
@@ -1284,12 +1287,19 @@ def start_runs(*words):
     return supervisor.wait() if numbers else 0
 
 
-def begin(tree, job, branch, tries):
+def report_check(rows):
+    for name, commit in zip(("baseline", "branch"), (kept_commits(rows)[0], kept_commits(rows)[-1])):
+        values = [float(row["val_bpb"]) for row in rows if (row["commit"], row["kind"]) == (commit, "check")]
+        print(f"{name} {commit} on fresh seeds: {statistics.mean(values):.6f} ({min(values)} to {max(values)})")
+    return 0
+
+
+def begin(tree, job, branch, earlier):
     """Write the files of a run. What runs is a copy of the commit, so nobody edits it meanwhile."""
     with open(tree / "run.py", "wb") as f:
         git("show", f"{job.commit}:./train.py", tree=tree, stdout=f)
     (tree / "run.log").unlink(missing_ok=True)  # a process that an earlier run left behind writes on into the old one
-    write_json(tree / "run.json", {**job._asdict(), "branch": branch, "tries": tries, "started": time.time()})
+    write_json(tree / "run.json", {**job._asdict(), "branch": branch, "earlier": earlier, "started": time.time()})
     if git("status", "--porcelain", "-uno", "--", "train.py", tree=tree):
         print(f"note: {tree / 'train.py'} has changes that are not in this commit")
 
@@ -1351,50 +1361,52 @@ def some(texts):
 # Night: what becomes of the runs
 
 
-def problem_of(run):
-    """Why a run that has ended has no number that counts, or None."""
-    return next(iter(run["report"]["problems"]), None) if "report" in run else run["reason"]
-
-
 def machine_change(report, rows):
-    """How much faster the machine of a run was than the baseline's (0.2: a fifth); 0.0 within the tolerance."""
+    """How much faster the machine of a run was than the baseline's; 0.2 is a fifth."""
     speeds = [row["machine"] for row in rows if row["kind"] == "baseline"]
-    change = report["machine"] / statistics.mean(speeds) - 1 if speeds else 0.0
-    return change if abs(change) > MACHINE_TOLERANCE else 0.0
+    return report["machine"] / statistics.mean(speeds) - 1 if speeds else 0.0
 
 
 def machine_text(change):
-    return f"machine {abs(change):.0%} {'slower' if change < 0 else 'faster'} than the baseline's" if change else ""
+    """What is to be said of it: "" within the tolerance."""
+    text = f"machine {abs(change):.0%} {'slower' if change < 0 else 'faster'} than the baseline's"
+    return text * (abs(change) > MACHINE_TOLERANCE)
 
 
 def why_again(run, rows):
     """Why a run that has ended must run once more before it is judged, or None."""
-    report, problem = run.get("report"), problem_of(run)
+    report = run.get("report")
     if report and rows and report["harness"] != rows[0]["harness"]:
         undo = "undo what has changed in prepare.py, the text or PyTorch"
         first = undo if report["prepared"] == rows[0]["prepared"] else f"`{rows[0]['prepared']}`"
         return f"its harness is {report['harness']}, the baseline's {rows[0]['harness']}: first {first}"
-    if problem:
-        return f"it has no number ({problem})" if run["kind"] != "idea" else None
-    if run["kind"] != "baseline" and run["tries"] == 1 and not rows[-1]["change"]:  # if it lasts, once is enough
-        return machine_text(machine_change(report, rows)) or None
+    if run["kind"] != "idea" and (not report or report["problems"]):
+        return f"it has no number ({report['problems'][0] if report else run['reason']})"
+    if report and not report["problems"] and not run["earlier"] and rows and not machine_text(rows[-1]["change"]):
+        return machine_text(machine_change(report, rows)) or None  # once is enough, and if it lasts none
 
 
 def new_row(run, rows):
-    """The row of a run that has ended, a dict. An idea is discarded until `judge` compares it with the others."""
-    commit, kind, report, problem = run["commit"][:7], run["kind"], run.get("report", {}), problem_of(run)
+    """The row of a run that has ended, a dict. An idea is discarded until `judge` compares it with the others.
+
+    Of two tries the one counts whose machine was more like the baseline's.
+    """
+    commit, kind, reports = run["commit"][:7], run["kind"], [run.get("report"), run["earlier"]]
     what = one_line(git("log", "-1", "--format=%s", commit)) if kind == "idea" else f"{kind}, seed {run['seed']}"
-    row = {"commit": commit, "val_bpb": "0.000000", "memory_gb": "0.0", "status": "crash"}
-    row |= {"description": f"{what}: {one_line(problem or '')}", "kind": kind, "seed": run["seed"], "change": 0.0}
+    row = {"commit": commit, "kind": kind, "seed": run["seed"], "change": 0.0}
+    good = [report for report in reports if report and not report["problems"]]
+    good = [report for report in good if report["harness"] == (rows or good)[0]["harness"]]
+    report = min(good, key=lambda report: abs(machine_change(report, rows)), default={})
     row |= {name: report.get(name) for name in ("harness", "prepared", "attention", "machine")}
-    if not problem:
-        row |= {"val_bpb": report["val_bpb"], "memory_gb": report["memory_gb"]}
-        row["status"] = "discard" if kind == "idea" else "keep"
-        row["change"] = machine_change(report, rows) if kind != "baseline" else 0.0
-        row["description"] = ", ".join(
-            filter(None, [what, f"{report['num_steps']} steps", machine_text(row["change"])])
-        )
-    return row
+    if good:
+        change, status = machine_change(report, rows), "discard" if kind == "idea" else "keep"
+        text = ", ".join(filter(None, [what, f"{report['num_steps']} steps", machine_text(change)]))
+        row |= {"val_bpb": report["val_bpb"], "memory_gb": report["memory_gb"], "change": change}
+    else:
+        problems = run["report"]["problems"] if "report" in run else [run["reason"]]
+        status, text = "crash", f"{what}: {one_line(problems[0])}"
+        row |= {"val_bpb": "0.000000", "memory_gb": "0.0"}
+    return row | {"status": status, "description": text}
 
 
 def decide(record=False, veto=False):
@@ -1428,7 +1440,10 @@ def decide(record=False, veto=False):
             if new:
                 write_rows(night, new)
             follow(night, night.rows + new)
-        print(f"recorded: {night.branch} is at", git("log", "-1", "--format=%h %s")[:100])
+        print(
+            f"{'recorded' if new else 'nothing to record'}: {night.branch} is at",
+            git("log", "-1", "--format=%h %s")[:100],
+        )
     return 0
 
 
@@ -1448,20 +1463,21 @@ def judge(rows, new, veto):
     bar = "the baseline comes first" if math.isnan(head) else f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}"
     print(f"{'record' if new else 'idea'}: {bar}")
     passed = [row for row, limit in zip(new, limits) if row["status"] == "discard" and float(row["val_bpb"]) < limit]
-    passed = sorted((row for row in passed if row["change"] <= 0), key=lambda row: row["val_bpb"])
+    passed = sorted((row for row in passed if row["change"] <= MACHINE_TOLERANCE), key=lambda row: row["val_bpb"])
     if passed and not veto:
         passed[0]["status"] = "keep"
     for row in new:
         print("\t".join(row[name] for name in HEADER.split("\t")))
         if row["attention"] not in (None, (rows + new)[0]["attention"]):
             print(f"note: this run used the attention kernel {row['attention']}, not the one of the baseline")
-        if row["change"] > 0 and row["kind"] == "idea":
+        if row["change"] > MACHINE_TOLERANCE and row["kind"] == "idea":
             print("note: a faster machine keeps nothing. If it stays so, begin a new night from this head")
     if passed[1:]:
         print("one of the next ideas, on the new head:", *(f"tried/{row['commit']}" for row in passed[1:]))
     speeds = [row["machine"] for row in rows + new if row["kind"] == "baseline"]
     if new and new[-1]["kind"] == "baseline" and max(speeds) > (1 + MACHINE_TOLERANCE) * min(speeds):
-        print(f"note: these runs were on a machine of speed {min(speeds):.3g} to {max(speeds):.3g}: is it busy?")
+        text = f"the machine's speed was {min(speeds):.3g} to {max(speeds):.3g}, so the noise is partly the machine's"
+        print(f"note: {text}: before an idea, begin a new night when nothing else is at work")
 
 
 def follow(night, rows):

@@ -241,7 +241,10 @@ def test_a_night_in_small(clone):
     for seed, commit in [(seed, commit) for seed in (100, 101, 102) for commit in (base, kept)]:
         assert clone.run(CHECK) == commit
         assert f"{commit}\t" in clone.record() and clone.rows()[-1][4].startswith(f"check, seed {seed}, ")
-    assert "nothing new to run" in clone.sh(f"{CHECK} 2>&1", ok=False)
+    assert clone.sh(CHECK).splitlines() == [
+        f"baseline {base} on fresh seeds: {1 + statistics.mean(NOISE[:3]):.6f} (0.999 to 1.003)",
+        f"branch {kept} on fresh seeds: {0.9 + statistics.mean(NOISE[:3]):.6f} (0.899 to 0.903)",
+    ]
     assert clone.decide() == before and clone.head() == kept
 
     # Picking up again, with everything but the files forgotten
@@ -367,35 +370,35 @@ def test_a_baseline_needs_a_number(clone):
 
 def test_another_machine_or_kernel_is_said(clone):
     baseline(clone)
-    # Slower: once more, then it counts
-    fault = "report |= dict(machine=0.7, attention='flex')"
-    commit = clone.idea(0.9, "busy", fault)
+    # Slower: once more. The try counts whose machine was more like the baseline's
+    count = "tries = open('../tries', 'a+'); tries.write('x'); tries.seek(0); second = len(tries.read()) % 2 == 0"
+    commit = clone.idea(0.9, "busy", f"{count}; VALUE += second; report |= dict(machine=0.7 - 0.1 * second)")
     text = "machine 22% slower than the baseline's"
     assert f"run: idea {commit}, seed 0 must run once more: {text} → uv run" in clone.record()
     clone.run()
-    printed = clone.record()
-    assert f"\tkeep\tbusy, 9 steps, {text}\n" in printed and "kernel flex, not the one of the base" in printed
+    assert f"{commit}\t0.903000\t0.5\tkeep\tbusy, 9 steps, {text}\n" in clone.record()
     # It stays so: not once more. Faster: it is never kept
-    commit = clone.idea(0.8, "faster", "report['machine'] = 1.2")
+    commit = clone.idea(0.8, "faster", "report |= dict(machine=1.2, attention='flex')")
     printed = clone.record()
     assert f"{commit}\t0.803000\t0.5\tdiscard\tfaster, 9 steps, machine 33% faster than the baseline's\n" in printed
-    assert "a faster machine keeps nothing" in printed
+    assert "a faster machine keeps nothing" in printed and "kernel flex, not the one of the base" in printed
     commit = clone.idea(0.7, "within a tenth", "report['machine'] = 0.97")
     assert f"{commit}\t0.703000\t0.5\tkeep\twithin a tenth, 9 steps\n" in clone.record()
 
 
-def test_baselines_on_machines_that_differ_are_said(clone):
+def test_a_baseline_on_another_machine_runs_once_more(clone):
     clone.sh("git switch -q -c autoresearch/t")
-    clone.edit(1.0, "report['machine'] = 0.9 - 0.1 * (seed == 1)")
+    clone.edit(1.0, "report['machine'] = 0.9 - 0.2 * (seed == 1)")
     clone.sh("git commit -qam start")
-    said = []
-    for _ in range(3):
-        clone.run()
-        said.append("these runs were on a machine of speed 0.8 to 0.9" in clone.record())
-    assert said == [False, True, True] and [row[4] for row in clone.rows()[2:]] == [
-        "baseline, seed 1, 9 steps",
-        "baseline, seed 2, 9 steps",
-    ]
+    clone.run()
+    clone.record()
+    clone.run()
+    assert "seed 1 must run once more: machine 22% slower than the baseline's" in clone.decide()
+    clone.run()
+    assert "note: the machine's speed was 0.7 to 0.9" in clone.record()
+    clone.run()
+    printed = clone.record()
+    assert "\tbaseline, seed 2, 9 steps" in printed and "begin a new night" in printed
 
 
 def test_settings_and_locale_change_nothing(clone):
