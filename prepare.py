@@ -1643,7 +1643,8 @@ def parse_arguments(argv):
         raise PrepareError(f"{message} (all options: uv run prepare.py --help)")
 
     about = "Prepare data, tokenizer and token files. They are in force until this is run again with other options."
-    parser = argparse.ArgumentParser("prepare.py", "uv run prepare.py [options]", about)
+    usage = "uv run prepare.py [options]\n       uv run prepare.py run | decide | record    a night of research: program.md"
+    parser = argparse.ArgumentParser("prepare.py", usage, about)
     parser.error = refuse
     corpora = "prose from the Hugging Face hub (default), the Python source of this machine, or your own files (README)"
     parser.add_argument("--corpus", default="climbmix", metavar="climbmix|source|DIR", help=corpora)
