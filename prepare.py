@@ -880,7 +880,7 @@ def start_run():
 
 
 def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, attention):
-    """Print the block that every tool greps. The harness adds what it knows itself. `run` finds it in run.json too.
+    """Print the block that every tool greps. The harness adds what it knows itself. `run` gets it as a file too.
 
     Raises PrepareError if val_bpb is not the number that `evaluate_bpb` returned last.
     """
@@ -911,10 +911,9 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, 
     for name, value in lines.items():
         print(f"{name + ':':<18}{value}")
     sys.stdout.flush()
-    if name := os.environ.get("AUTORESEARCH_RUN"):  # the harness started this run and waits for its number
+    if name := os.environ.get("AUTORESEARCH_REPORT"):  # the harness started this run and waits for its number
         facts = {**lines, "memory_gb": f"{memory / 1024:.1f}", "machine": machine_speed(), "problems": problems}
-        facts["prepared"] = open_cache(cache_dir())["command"]
-        write_json(Path(name), {**json.loads(Path(name).read_bytes()), "report": facts})
+        write_json(Path(name), {**facts, "prepared": open_cache(cache_dir())["command"]})
 
 
 # -----------------------------------------------------------------------------
@@ -942,7 +941,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
     if device.type != "cpu":
         clock.rates = [*clock.rates[:1], work_rate(device)]
     T = constants()["MAX_SEQ_LEN"]
-    if clock.problem() and "AUTORESEARCH_RUN" in os.environ:
+    if clock.problem() and "AUTORESEARCH_REPORT" in os.environ:
         raise EvaluationError(clock.problem())  # in a night such a number counts for nothing, so it costs no time
     if clock.problem():
         print(f"warning: {clock.problem()}", file=sys.stderr)
@@ -1139,7 +1138,8 @@ def write_table(rows):
     lines = [HEADER, *("\t".join(row[name] for name in HEADER.split("\t")) for row in rows)]
     table, text = Path("results.tsv"), "".join(f"{line}\n" for line in lines).encode()
     if table.exists() and not text.startswith(table.read_bytes()):
-        table.rename(time.strftime("results-until-%Y%m%d-%H%M%S.tsv"))
+        other = table.rename(time.strftime("results-until-%Y%m%d-%H%M%S.tsv"))
+        print(f"note: the results.tsv that was here is now {other}")
     with atomic_write(table) as f:
         f.write(text)
 
@@ -1150,15 +1150,17 @@ def kept_commits(rows):
 
 
 # -----------------------------------------------------------------------------
-# Night: the runs. A supervisor runs a copy of the commit. What is known of a run is in run.json, beside run.log
+# Night: the runs. `run` writes run.json and run.py, a copy of the commit, and starts a supervisor, which runs run.py.
+# The supervisor renews the time of run.json, and at the end adds to it how the run ended and what report() wrote.
+# A run is NEW, then ALIVE, then ENDED. CUT_OFF: its supervisor has died, and so has the run. AGAIN: ended, but no good.
 
 BASELINES = 3  # runs of the baseline before the first idea, at least; with several GPUs one more
 CHECK_SEEDS = (100, 101, 102)  # seeds that had no part in the choice of what was kept
 GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before it is ended
 BEAT, WATCH = 3, 15  # seconds between two signs of life of a run; seconds without one after which it was cut off
 DECIDE_WAIT = 45  # seconds that `decide` waits for runs: many agents' shells end a command after a minute
-NEW, MAYBE, ALIVE = "has not started", "may go on", "goes on"
-CUT_OFF, AGAIN, ENDED = "was cut off", "must run once more", "has ended"
+NEW, ALIVE, ENDED = "has not started", "goes on", "has ended"
+CUT_OFF, AGAIN = "was cut off", "must run once more"
 ERROR = re.compile(r"Fatal Python error|train\.py: error|[\w.]*(Error|Exception|Interrupt)\b")
 
 
@@ -1176,25 +1178,32 @@ def plan_runs(night, check=False):
 
     Baseline and check need several seeds: the first tree takes the first one that has no row, the second tree the
     second. So every job of a cluster finds its own without a word from the others, and the same one if it starts again.
-    A check that was begun is ended before other ideas run.
+    A check that was begun is completed before other ideas run.
     """
     ran = {(row["commit"], row["seed"]) for row in night.rows}
-    kept = kept_commits(night.rows) or ["HEAD"]
+    begun = [job for job, *_ in (read_run(tree, night.branch) for tree in night.trees) if job]
+    start = next((job.commit for job in begun if job.kind == "baseline"), "HEAD")  # an idea may be on top already
+    kept = kept_commits(night.rows) or [start]
     base, head = git("rev-parse", kept[0], kept[-1]).split()
-    begun = [read_run(tree, night.branch)[0] for tree in night.trees]
-    if check or any(job and job.kind == "check" and (job.commit[:7], job.seed) not in ran for job in begun):
-        jobs = [Job(commit, "check", seed) for seed in CHECK_SEEDS for commit in dict.fromkeys([base, head])]
-    elif base == head and len(night.rows) < BASELINES + (len(night.trees) > 1):
+    checks = [Job(commit, "check", seed) for seed in CHECK_SEEDS for commit in dict.fromkeys([base, head])]
+    in_check = check or any(
+        kind == "check" for kind in [row["kind"] for row in night.rows[-1:]] + [job.kind for job in begun]
+    )
+    jobs = checks if in_check else []
+    if base == head and len(night.rows) < BASELINES + (len(night.trees) > 1):
         jobs = [Job(base, "baseline", seed) for seed in range(len(night.rows) + len(night.trees))]
-    else:
-        plan = {}
-        for tree in night.trees:
-            job = Job(find_idea(tree, head), "idea", 0)
-            if job.commit and (job.commit[:7], 0) not in ran and job not in plan.values():
-                check_idea(job.commit, tree, head)
-                plan[tree] = job
-        return plan
-    return dict(zip(night.trees, [job for job in jobs if (job.commit[:7], job.seed) not in ran]))
+    jobs = [job for job in jobs if (job.commit[:7], job.seed) not in ran]
+    if jobs or check:
+        return dict(zip(night.trees, jobs))
+    if night.trees != [Path()] and (idea := find_idea(Path(), head)):
+        raise PrepareError(f"{idea[:7]} is an idea in the clone: cherry-pick it in .waves/1, git reset --keep HEAD~1")
+    plan = {}
+    for tree in night.trees:
+        job = Job(find_idea(tree, head), "idea", 0)
+        if job.commit and (job.commit[:7], 0) not in ran and job not in plan.values():
+            check_idea(job.commit, tree, head)
+            plan[tree] = job
+    return plan
 
 
 def find_idea(tree, head):
@@ -1207,7 +1216,7 @@ def check_idea(idea, tree, head):
     """Raises PrepareError for an idea that is not one commit on top of the head, which changes train.py alone."""
     where = "" if tree == Path() else f" (in {tree})"
     if git("diff", "--name-only", head, f"{idea}~1", "--", "train.py"):
-        mend = f"git rebase it, or make it one commit with git reset --soft {head[:7]}"
+        mend = "git reset --soft HEAD~1, and if the commit below has run, record that first"
         raise PrepareError(f"{idea[:7]}{where} must be one commit on top of {head[:7]}: {mend}")
     if git("diff", "--name-only", f"{idea}~1", idea, "--", ".", ":!train.py"):
         raise PrepareError(f"{idea[:7]}{where} changes more than train.py: take that back with git commit --amend")
@@ -1217,7 +1226,7 @@ def read_run(tree, branch):
     """(its Job, what run.json says, its time) of a tree's last run; (None, {}, 0) if there is none of this night."""
     with contextlib.suppress(FileNotFoundError, ValueError), open(tree / "run.json", "rb") as f:
         run = json.load(f)  # opening the file asks a network disk for its time of now
-        if run["branch"] == branch:
+        if run.get("branch") == branch:
             return Job(run["commit"], run["kind"], run["seed"]), run, os.fstat(f.fileno()).st_mtime_ns
     return None, {}, 0
 
@@ -1237,10 +1246,8 @@ def look(night, plan, wait_for, seconds):
                 state = NEW
             elif "exit" in run:
                 state = AGAIN if why_again(run, night.rows) else ENDED
-            elif renewed != first[tree]:
-                state = ALIVE
             else:
-                state = MAYBE if passed < WATCH else CUT_OFF
+                state = ALIVE if renewed != first[tree] or passed < WATCH else CUT_OFF
             found[tree] = state, run, renewed
         states = {state for state, *_ in found.values()}
         if not states & {*wait_for} or CUT_OFF in states or passed > seconds:
@@ -1259,28 +1266,32 @@ def start_runs(*words):
         raise PrepareError("it is `prepare.py run` or `prepare.py run check`, and the number of a worktree at most")
     load_manifest(cache_dir())  # if nothing is prepared, this says so
     night = open_night()
-    plan = {tree: job for tree, job in plan_runs(night, check).items() if tree.name in (numbers or [tree.name])}
-    found, started = look(night, plan, [MAYBE], WATCH), []
-    with one_at_a_time():
-        if open_night() != night:
-            raise PrepareError("another command has changed the night meanwhile: run this again")
+    chosen = [tree for tree in night.trees if not numbers or tree.name in numbers]
+    for tree, job in plan_runs(night).items() if check else ():
+        if job.kind == "idea" and job == read_run(tree, night.branch)[0]:
+            raise PrepareError(f"{job.name(tree)} has no row: `uv run prepare.py decide` before a check")
+    plan = plan_runs(night, check)
+    if check and not plan and not numbers:
+        return report_check(night.rows)
+    plan = {tree: job for tree, job in plan.items() if tree in chosen}
+    found, started = look(night, plan, [ALIVE], WATCH), []
+    with changing(night):
         for tree, (state, run, renewed) in found.items():
             # The time: another command may have started it while we looked
             if state in (NEW, CUT_OFF, AGAIN) and read_run(tree, night.branch)[2] == renewed:
-                earlier = run.get("report") if state == AGAIN else None
-                begin(tree, plan[tree], night.branch, earlier)
+                if state == NEW and run and "exit" not in run:
+                    print(f"note: the run of {run['commit'][:7]} did not end, and has no row")
+                begin(tree, plan[tree], night.branch, None if state == NEW else run.get("report") or run["earlier"])
                 started.append(tree)
-    if check and not plan:
-        return report_check(night.rows)
     if not started:
         reason = "it is going on or has ended: `uv run prepare.py decide`" if plan else "commit an idea"
-        raise PrepareError(f"nothing new to run: {reason}")
+        raise PrepareError(f"nothing new to run: {reason if chosen else f'there is no .waves/{numbers[0]}'}")
     print("started", some([plan[tree].name(tree) for tree in started]), flush=True)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(night.trees))))).split(",")
     for tree in started:
         gpu = {"CUDA_VISIBLE_DEVICES": "".join(gpus[night.trees.index(tree) :][:1])}
         env = os.environ if numbers or night.trees == [Path()] else {**os.environ, **gpu}
-        with open(tree / "run.log", "xb") as log:  # what the supervisor itself has to say is read there too
+        with open(tree / "run.log", "wb") as log:  # what the supervisor itself has to say is read there too
             streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             command = [sys.executable, __file__, "supervise", str(tree)]
             supervisor = subprocess.Popen(command, env=env, start_new_session=not numbers, **streams)
@@ -1288,9 +1299,12 @@ def start_runs(*words):
 
 
 def report_check(rows):
+    """Print what baseline and branch are worth. Returns the exit status."""
     for name, commit in zip(("baseline", "branch"), (kept_commits(rows)[0], kept_commits(rows)[-1])):
-        values = [float(row["val_bpb"]) for row in rows if (row["commit"], row["kind"]) == (commit, "check")]
-        print(f"{name} {commit} on fresh seeds: {statistics.mean(values):.6f} ({min(values)} to {max(values)})")
+        checks = [row for row in rows if (row["commit"], row["kind"]) == (commit, "check")]
+        numbers = [float(row["val_bpb"]) for row in checks if row["status"] == "keep"]
+        text = f"{statistics.mean(numbers):.6f} ({min(numbers)} to {max(numbers)})" if numbers else "no number"
+        print(f"{name} {commit}, {len(numbers)} of {len(checks)} fresh seeds: {text}")
     return 0
 
 
@@ -1308,20 +1322,22 @@ def supervise(tree):
     """Run run.py to its end, and renew the time of run.json meanwhile. Then write into it how the run ended."""
     path, limit = tree / "run.json", load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
     first = json.loads(path.read_bytes())
+    report = path.with_name(f"run.{first['started']}")
 
-    def facts():
-        now = json.loads(path.read_bytes())
-        return now if now["started"] == first["started"] else sys.exit("this run ends, as another one was started here")
+    def still_mine():
+        run = json.loads(path.read_bytes())
+        return run if run == first else sys.exit("this run ends, as another one was started here")
 
-    env = {**os.environ, "SEED": str(first["seed"]), "AUTORESEARCH_RUN": str(path.resolve())}
+    env = {**os.environ, "SEED": str(first["seed"]), "AUTORESEARCH_REPORT": str(report.resolve())}
     env |= {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     popen = partial(subprocess.Popen, start_new_session=True)  # a process group of its own
     run = popen([sys.executable, "run.py"], cwd=tree, env=env, stdin=subprocess.DEVNULL)
-    # However this process ends, its end closes a pipe. The shell that reads it then ends the run and what it has begun
+    # If this process dies, however it does, the pipe closes. Then the shell kills the run and its children
     end = popen(["sh", "-c", f"read line; kill -9 -{run.pid}"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + limit
-    while facts() and run.poll() is None and time.monotonic() < deadline:
+    while run.poll() is None and time.monotonic() < deadline:
+        still_mine()
         os.utime(path)
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(BEAT)
@@ -1333,16 +1349,21 @@ def supervise(tree):
     elif run.returncode == -signal.SIGTERM:
         time.sleep(2)  # a cluster ends the whole job: the next signal is for this process
     end.communicate()
-    status = run.wait()
-    write_json(path, {**facts(), "exit": status, "reason": reason or last_words(tree, status)})
+    facts = {"exit": run.wait(), "reason": reason or last_words(tree, run.wait())}
+    if report.exists():
+        facts["report"] = json.loads(report.read_bytes())
+        report.unlink()
+    with one_at_a_time():
+        write_json(path, {**still_mine(), **facts})
     return 0
 
 
 def last_words(tree, status=0):
     """The last line of run.log that looks like an error, else the last line, and the signal that killed the run."""
     log = tree / "run.log"
-    text = log.read_text(encoding="utf-8", errors="replace")[-20_000:] if log.exists() else ""
-    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    with open(log, "rb") if log.exists() else io.BytesIO() as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 20_000))
+        lines = [line for line in f.read().decode(errors="replace").splitlines() if line.strip()] or [""]
     errors = [line for line in lines if ERROR.match(line)] if status else []
     killed = f"killed by {signal.Signals(-status).name}: " if status < 0 and not errors else ""
     return one_line(killed + (errors or lines)[-1]) or "no output"
@@ -1380,10 +1401,11 @@ def why_again(run, rows):
         undo = "undo what has changed in prepare.py, the text or PyTorch"
         first = undo if report["prepared"] == rows[0]["prepared"] else f"`{rows[0]['prepared']}`"
         return f"its harness is {report['harness']}, the baseline's {rows[0]['harness']}: first {first}"
-    if run["kind"] != "idea" and (not report or report["problems"]):
-        return f"it has no number ({report['problems'][0] if report else run['reason']})"
-    if report and not report["problems"] and not run["earlier"] and rows and not machine_text(rows[-1]["change"]):
-        return machine_text(machine_change(report, rows)) or None  # once is enough, and if it lasts none
+    if not report or report["problems"]:
+        problem = report["problems"][0] if report else run["reason"]
+        return f"it has no number ({problem})" if run["kind"] == "baseline" else None
+    if not run["earlier"] and rows and not machine_text(rows[-1]["change"]):  # once; if the change lasts, not at all
+        return machine_text(machine_change(report, rows)) or None
 
 
 def new_row(run, rows):
@@ -1417,10 +1439,10 @@ def decide(record=False, veto=False):
     """
     night = open_night()
     plan = plan_runs(night)
-    in_queue = night.trees != [Path()] and shutil.which("sbatch")  # what has not started may wait in Slurm's queue
-    words = {CUT_OFF: "run", AGAIN: "run", NEW: "wait" if in_queue else "run", MAYBE: "wait", ALIVE: "wait"}
+    in_queue = night.trees != [Path()] and waits_in_slurm()
+    words = {CUT_OFF: "run", AGAIN: "run", NEW: "wait" if in_queue else "run", ALIVE: "wait"}
     found = look(night, plan, [state for state in words if words[state] == "wait"], DECIDE_WAIT)
-    for word, remedy in ("run", " → uv run prepare.py run"), ("wait", ""):
+    for word, remedy in ("run", " → uv run prepare.py run"), ("wait", ""):  # a tree that needs a start comes first
         states = [(tree, state, run) for tree, (state, run, _) in found.items() if words.get(state) == word]
         if states:
             texts = [describe(tree, plan[tree], state, run, night.rows) for tree, state, run in states]
@@ -1434,9 +1456,7 @@ def decide(record=False, veto=False):
             row["description"] = f"wave {wave}: {row['description']}"
     judge(night.rows, new, veto)
     if record:
-        with one_at_a_time():
-            if open_night() != night:
-                raise PrepareError("another command has changed the night meanwhile: run this again")
+        with changing(night):
             if new:
                 write_rows(night, new)
             follow(night, night.rows + new)
@@ -1445,6 +1465,12 @@ def decide(record=False, veto=False):
             git("log", "-1", "--format=%h %s")[:100],
         )
     return 0
+
+
+def waits_in_slurm():
+    """Whether a job of this user waits in the queue of Slurm, so that what has not started needs no other start."""
+    command = ["squeue", "--me", "--noheader", "--states=PENDING,CONFIGURING"]
+    return bool(shutil.which("squeue") and subprocess.run(command, capture_output=True).stdout.strip())
 
 
 def describe(tree, job, state, run, rows):
@@ -1463,7 +1489,9 @@ def judge(rows, new, veto):
     bar = "the baseline comes first" if math.isnan(head) else f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}"
     print(f"{'record' if new else 'idea'}: {bar}")
     passed = [row for row, limit in zip(new, limits) if row["status"] == "discard" and float(row["val_bpb"]) < limit]
-    passed = sorted((row for row in passed if row["change"] <= MACHINE_TOLERANCE), key=lambda row: row["val_bpb"])
+    passed = sorted(
+        (row for row in passed if row["change"] <= MACHINE_TOLERANCE), key=lambda row: float(row["val_bpb"])
+    )
     if passed and not veto:
         passed[0]["status"] = "keep"
     for row in new:
@@ -1504,7 +1532,7 @@ def follow(night, rows):
 
 @contextlib.contextmanager
 def edit_aside(tree):
-    """Puts an edit of train.py that has no commit aside while the tree moves, and then back."""
+    """Puts an edit of train.py that has no commit into git's stash while the tree moves, and then back."""
     edited = git("status", "--porcelain", "-uno", "--", "train.py", tree=tree)
     if edited:
         git("stash", "push", "-q", "--", "train.py", tree=tree)
@@ -1521,6 +1549,14 @@ def edit_aside(tree):
 
 def one_at_a_time():
     return cache_lock(Path(git("rev-parse", "--path-format=absolute", "--git-common-dir")))  # one for all worktrees
+
+
+@contextlib.contextmanager
+def changing(night):
+    with one_at_a_time():
+        if open_night() != night:
+            raise PrepareError("another command has changed the night meanwhile: run this again")
+        yield
 
 
 def night_command(command, *words):
@@ -1643,7 +1679,9 @@ def parse_arguments(argv):
         raise PrepareError(f"{message} (all options: uv run prepare.py --help)")
 
     about = "Prepare data, tokenizer and token files. They are in force until this is run again with other options."
-    usage = "uv run prepare.py [options]\n       uv run prepare.py run | decide | record    a night of research: program.md"
+    usage = (
+        "uv run prepare.py [options]\n       uv run prepare.py run | decide | record    a night of research: program.md"
+    )
     parser = argparse.ArgumentParser("prepare.py", usage, about)
     parser.error = refuse
     corpora = "prose from the Hugging Face hub (default), the Python source of this machine, or your own files (README)"
@@ -1682,7 +1720,7 @@ def main(argv=None):
         prepare(parse_arguments(argv))
         return 0
     except subprocess.CalledProcessError as error:
-        problem = f"git: {error.stderr.strip()}"
+        problem = f"git: {(error.stderr or error.stdout or '').strip()}"
     except PrepareError as error:
         problem = error
     except OSError as error:  # a full disk, a folder without write permission

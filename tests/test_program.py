@@ -46,8 +46,8 @@ MORE = 0
 FAULT = ""
 import json, os, pathlib, signal, subprocess, sys, time
 where, began = os.environ.get("SLURMD_NODENAME", "here") + ":" + os.environ.get("CUDA_VISIBLE_DEVICES", ""), time.time()
-path, seed = pathlib.Path(os.environ["AUTORESEARCH_RUN"]), int(os.environ["SEED"])
-run = json.loads(path.read_text())
+path, seed = pathlib.Path(os.environ["AUTORESEARCH_REPORT"]), int(os.environ["SEED"])
+run = json.loads(pathlib.Path("run.json").read_text())
 with open("../starts", "a") as starts:
     starts.write(f"{{run['commit'][:7]}} {{seed}} {{os.getpid()}}\\n")
 report = dict(memory_gb="0.5", num_steps=9, attention="sdpa", harness="0123456789ab", machine=0.9, problems=[])
@@ -57,9 +57,7 @@ time.sleep(0.5)
 exec(FAULT)
 value = VALUE + MORE + {NOISE}[seed % 10 % 8]
 print(f"ran: {{where}} {{began}} {{time.time()}}")
-new = path.with_name("run.json.new")
-new.write_text(json.dumps(run | {{"report": report | {{"val_bpb": f"{{value:.6f}}"}}}}))
-new.replace(path)
+path.write_text(json.dumps(report | {{"val_bpb": f"{{value:.6f}}"}}))
 """
 CONSTANTS = {"DECIDE_WAIT = 45": "DECIDE_WAIT = 5", "BEAT, WATCH = 3, 15": "BEAT, WATCH = 1, 4"}
 
@@ -161,7 +159,7 @@ def clone(tmp_path, session_cache):
 
 
 def baseline(clone):
-    clone.sh("git switch -q -c autoresearch/t")
+    clone.sh("git switch -q autoresearch/t 2>/dev/null || git switch -q -c autoresearch/t")
     for _ in range(3):
         clone.run()
         clone.record()
@@ -176,7 +174,7 @@ def test_a_night_in_small(clone):
     (clone.folder / "results.tsv.tmp-1").write_text("of a record that was killed")
     assert re.fullmatch("agent <a@example.org> .*\n", clone.sh(command("GIT_AUTHOR_IDENT")))
     branch = clone.sh("git branch --show-current").strip()
-    assert re.fullmatch(r"autoresearch/\d{8}", branch)
+    assert re.fullmatch(r"autoresearch/\d{8}-\d{4}", branch)
 
     # The noise: the harness chooses the seeds
     for seed in range(3):
@@ -237,13 +235,14 @@ def test_a_night_in_small(clone):
     assert clone.rows()[-1][3] == "discard"
 
     # The check finds commits and seeds, three each, and moves no bar
-    before = clone.decide()
+    before, start = clone.decide(), CHECK
     for seed, commit in [(seed, commit) for seed in (100, 101, 102) for commit in (base, kept)]:
-        assert clone.run(CHECK) == commit
+        assert clone.run(start) == commit
+        start = RUN  # it goes on until it is complete
         assert f"{commit}\t" in clone.record() and clone.rows()[-1][4].startswith(f"check, seed {seed}, ")
     assert clone.sh(CHECK).splitlines() == [
-        f"baseline {base} on fresh seeds: {1 + statistics.mean(NOISE[:3]):.6f} (0.999 to 1.003)",
-        f"branch {kept} on fresh seeds: {0.9 + statistics.mean(NOISE[:3]):.6f} (0.899 to 0.903)",
+        f"baseline {base}, 3 of 3 fresh seeds: {1 + statistics.mean(NOISE[:3]):.6f} (0.999 to 1.003)",
+        f"branch {kept}, 3 of 3 fresh seeds: {0.9 + statistics.mean(NOISE[:3]):.6f} (0.899 to 0.903)",
     ]
     assert clone.decide() == before and clone.head() == kept
 
@@ -355,6 +354,7 @@ def test_what_is_refused(clone):
         clone.sh("git commit -qam 'a step'")
     assert f"must be one commit on top of {base}" in clone.sh(f"{RUN} 2>&1", ok=False)
     clone.sh("git reset -q --hard HEAD~2")
+    assert "there is no .waves/7" in clone.sh(f"{RUN} 7 2>&1", ok=False)
     for words in ("run twice", "run 1 check", "record discard x", "decide x", "record x"):
         assert "`prepare.py run" in clone.sh(f"uv run prepare.py {words} 2>&1", ok=False)
     assert len(clone.rows()) == 4
@@ -399,6 +399,46 @@ def test_a_baseline_on_another_machine_runs_once_more(clone):
     clone.run()
     printed = clone.record()
     assert "\tbaseline, seed 2, 9 steps" in printed and "begin a new night" in printed
+
+
+def test_a_run_that_another_one_replaces_gives_it_no_number(clone):
+    baseline(clone)
+    first = clone.idea(0.6, "a slip", "time.sleep(0.2)")
+    clone.edit(0.6, "1 / 0")
+    clone.sh("git commit -qa --amend -m crashes")
+    assert f"note: the run of {first} did not end, and has no row" in clone.sh(RUN)
+    clone.decide()
+    time.sleep(1)
+    assert f"{clone.head()}\t0.000000\t0.0\tcrash\tcrashes: ZeroDivisionError" in clone.record()
+    assert not list(clone.folder.glob("run.1*"))
+
+
+def test_the_baseline_stays_where_it_was_begun(clone):
+    base = clone.head()
+    clone.sh("git switch -q -c autoresearch/t")
+    clone.run()
+    clone.edit(0.9)
+    clone.sh("git commit -qam 'too early'")
+    for _ in range(3):
+        clone.record()
+        clone.sh(f"{RUN} 2>&1")
+    assert [row[0] for row in clone.rows()[1:]] == [base] * 3
+    assert "\tkeep\ttoo early, 9 steps" in clone.record()
+
+
+def test_a_check_without_a_number_is_a_crash_and_an_idea_waits_for_no_check(clone):
+    clone.edit(1.0, "if seed == 101: raise ValueError('nan')")
+    clone.sh("git switch -q -c autoresearch/t && git commit -qam start")
+    base = baseline(clone)
+    clone.idea(0.9, "slow", "time.sleep(1)")
+    assert "slow" not in clone.sh(f"{CHECK} 2>&1", ok=False) and "has no row" in clone.sh(f"{CHECK} 2>&1", ok=False)
+    clone.record("discard")
+    clone.run(CHECK)
+    for _ in range(3):
+        clone.record()
+        clone.sh(RUN, ok=False)
+    assert [row[3] for row in clone.rows()[-3:]] == ["keep", "crash", "keep"]
+    assert f"baseline {base}, 2 of 3 fresh seeds: 1.001000 (0.999 to 1.003)\n" in clone.sh(CHECK)
 
 
 def test_settings_and_locale_change_nothing(clone):

@@ -108,17 +108,15 @@ def test_two_worktrees_run_at_once_on_one_cache(both):
 
 def test_a_run_that_breaks_a_rule_has_no_number(cache, now, monkeypatch, tmp_path, capsys):
     path = tmp_path / "run.json"
-    monkeypatch.setenv("AUTORESEARCH_RUN", str(path))
+    monkeypatch.setenv("AUTORESEARCH_REPORT", str(path))
 
     def report(val_bpb=1.0):
-        prepare.write_json(path, {"commit": "abc"})
         facts = dict(mfu_percent=1, total_tokens=1, num_steps=7, num_params=1, depth=1, attention="sdpa")
         prepare.report(val_bpb, **facts)
-        run, text = json.loads(path.read_text()), capsys.readouterr().out
-        assert run["commit"] == "abc" and run["report"]["num_steps"] == 7 and run["report"]["val_bpb"] == "1.000000"
-        assert float(run["report"]["memory_gb"]) > 0
-        assert text.count("warning: ") == len(run["report"]["problems"])
-        return " ".join(run["report"]["problems"])
+        facts, text = json.loads(path.read_text()), capsys.readouterr().out
+        assert facts["num_steps"] == 7 and facts["val_bpb"] == "1.000000" and float(facts["memory_gb"]) > 0
+        assert text.count("warning: ") == len(facts["problems"])
+        return " ".join(facts["problems"])
 
     def evaluate():
         error = None
@@ -128,7 +126,7 @@ def test_a_run_that_breaks_a_rule_has_no_number(cache, now, monkeypatch, tmp_pat
             error = str(caught)
         assert error == prepare.clock.problem()  # in a night such a run ends here
         with monkeypatch.context() as patch:
-            patch.delenv("AUTORESEARCH_RUN")
+            patch.delenv("AUTORESEARCH_REPORT")
             prepare.evaluate_bpb(None, tokenizer, 8)
 
     monkeypatch.setattr(prepare, "score_rows", lambda *_: 1.0)

@@ -85,8 +85,8 @@ class Night(Clone):
         """Wave 1 without its runs. The working directory becomes the clone."""
         monkeypatch.chdir(self.folder)
         monkeypatch.setattr(prepare, "__file__", str(self.folder / "prepare.py"))
-        more = dict(memory_gb="0.5", status="keep", kind="baseline", wave=1, machine=0.9, attention="sdpa")
-        more |= dict(commit=self.base, harness="0123456789ab", prepared="")
+        more = dict(memory_gb="0.5", status="keep", kind="baseline", wave=1, machine=0.9, change=0.0)
+        more |= dict(commit=self.base, harness="0123456789ab", prepared="", attention="sdpa")
         rows = [
             more | dict(number=i, seed=i, val_bpb=f"{1 + NOISE[i % 8]:.6f}", description=f"wave 1: baseline, seed {i}")
             for i in range(max(4, len(self.all)))
@@ -139,7 +139,7 @@ def slurm(cluster):
 def test_waves_of_eight_through_slurm(tmp_path, slurm, session_cache):
     night = Night(tmp_path, 8, session_cache, slurm)
     # Wave 1: the noise. Two nodes with two GPUs each, so half of the runs wait in the queue
-    assert night.waiting() == ("wait", [1, 2], 8)
+    assert night.waiting() == ("run", [1, 2], 8)
     night.start()
     assert len(night.alive()) == 8
     night.wait(lambda: not night.alive())
@@ -216,7 +216,7 @@ def test_every_fault_through_slurm(tmp_path, slurm, session_cache, monkeypatch):
     night.wait(lambda: not lives(night.pid(5)))  # else it may end by itself
     (night.folder / ".waves/go").touch()
     night.wait(lambda: not night.alive())
-    assert night.waiting() == ("run", [5, 6], 2)  # 8 may be in the queue
+    assert night.waiting() == ("run", [5, 6], 3)
     night.start([5, 6, 8])
     night.wait(lambda: not night.alive())
     # A run that exceeded its time has no number. The slip is mended
@@ -224,7 +224,7 @@ def test_every_fault_through_slurm(tmp_path, slurm, session_cache, monkeypatch):
     night.idea(1, 0.71)
     night.sh("git -C .waves/1 reset -q --soft HEAD~2 && git -C .waves/1 commit -qm 'idea 1, mended'")
     night.commits = {night.base, *(night.at(i) for i in night.all)}
-    assert night.waiting() == ("wait", [1], 1)
+    assert night.waiting() == ("run", [1], 1)
     commits = {i: night.at(i) for i in night.all}
     assert f"{night.at(1)}\t0.713000\t0.5\tkeep\twave 2: idea 1, mended" in night.wave()
     values = {1: 0.713, 2: 0, 3: 0, 4: 0, 5: 0.753, 6: 0.763, 7: 0, 8: 0.783}
@@ -241,6 +241,7 @@ def test_a_node_goes_away_and_the_controller_restarts(tmp_path, slurm, session_c
         night.idea(i, 0.7 + i / 100, HANG)
     night.start()
     night.wait(lambda: len(jobs(night)) == 4)
+    assert night.waiting() == ("wait", [1, 2], 6)  # two of them in the queue
     nodes = dict(line.split() for line in night.sh("squeue -hr -t R -o '%K %N'").splitlines())
     gone = sorted(int(i) for i, node in nodes.items() if node == "n2")
     night.wait(lambda: all(night.starts(night.at(i)) for i in gone))
@@ -251,7 +252,7 @@ def test_a_node_goes_away_and_the_controller_restarts(tmp_path, slurm, session_c
     night.wait(lambda: len(night.alive()) == 4)
     # The controller stops and comes back; the runs go on
     slurm.stop("slurmctld", signal.SIGTERM)
-    assert night.waiting() == ("run", gone, 2)
+    assert night.waiting() == ("run", gone, 4)  # nobody knows the queue now
     (night.folder / ".waves/go").touch()
     night.wait(lambda: "ran: " in night.log(min(set(night.all) - set(gone))))
     slurm.start("slurmctld")
@@ -347,13 +348,18 @@ def test_slips_of_the_agent(tmp_path, session_cache):
         ["0.803000", "discard", "wave 3: check whether tabs do harm, 9 steps"],
         ["0.603000", "keep", "wave 3: idea 2, 9 steps"],
     ]
+    # An idea in the clone
+    night.edit(0.5)
+    night.sh("git commit -qam 'in the wrong place'")
+    assert "is an idea in the clone" in night.decide("record")
+    night.sh("git reset -q --hard HEAD~1")
     # The same idea in two worktrees runs once
     night.idea(1, 0.55)
     night.sh("git -C .waves/2 switch -q --detach $(git -C .waves/1 rev-parse HEAD)")
     night.wave()
-    # A kept commit needs a number
+    # A check without a number
     night.sh(CHECK)
     night.wait(lambda: not night.alive())
     run = night.folder / ".waves/1/run.json"
     run.write_text(re.sub('"problems": \\[', '"problems": ["too late"', run.read_text()))
-    assert "must run once more: it has no number (too late)" in night.decide("record")
+    assert "\tcrash\twave 5: check, seed 100: too late\n" in night.decide("record")
