@@ -1186,9 +1186,8 @@ def plan_runs(night, check=False):
     kept = kept_commits(night.rows) or [start]
     base, head = git("rev-parse", kept[0], kept[-1]).split()
     checks = [Job(commit, "check", seed) for seed in CHECK_SEEDS for commit in dict.fromkeys([base, head])]
-    in_check = check or any(
-        kind == "check" for kind in [row["kind"] for row in night.rows[-1:]] + [job.kind for job in begun]
-    )
+    unrecorded = [job.kind for job in begun if (job.commit[:7], job.seed) not in ran]
+    in_check = check or "check" in [row["kind"] for row in night.rows[-1:]] + unrecorded
     jobs = checks if in_check else []
     if base == head and len(night.rows) < BASELINES + (len(night.trees) > 1):
         jobs = [Job(base, "baseline", seed) for seed in range(len(night.rows) + len(night.trees))]
