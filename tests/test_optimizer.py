@@ -11,7 +11,7 @@ import train
 SHAPES = [(48, 48), (16, 64), (64, 16)]  # square, wide, tall
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "float32")
 
 
 def rng(seed=0):
