@@ -25,10 +25,10 @@ from functools import cache, partial
 # Such segments waste less memory. PyTorch 2.9 knows the first name, later releases read the second when imported
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
-# On a CPU: a thread that waits for another spins 200 times as long by default. Beside a busy process it then takes the
-# time that the other one needs. (For GNU's OpenMP, which PyTorch has on Linux. On a Mac the default is not to spin.)
+# On a CPU: a thread that waits for others spins 200 times as long by default, which takes time from them where the
+# machine is busy. (GNU's OpenMP, which PyTorch uses on Linux.) Then: pages of 2 MiB for large tensors
 os.environ.setdefault("GOMP_SPINCOUNT", "1500")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MiB for large tensors
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import torch.nn as nn
@@ -427,6 +427,12 @@ def adamw_step(p, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight
     p.sub_(lr / (1 - beta1**step) * exp_avg / denom)
 
 
+def fused_adamw_step(p, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay):
+    """The same by PyTorch's own kernel, in one pass over the memory: for a CPU, where nothing is compiled."""
+    numbers = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    torch._fused_adamw_([p], [grad], [exp_avg], [exp_avg_sq], [], [step], amsgrad=False, maximize=False, **numbers)
+
+
 class MuonAdamW:
     """Param groups of `kind` "muon" (matrices of one shape, updated as one stack) and "adamw".
 
@@ -459,7 +465,8 @@ class MuonAdamW:
                 state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             state["step"] += 1
             numbers = as_tensors(state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-            self.adamw_step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *numbers)
+            adamw_step = fused_adamw_step if p.device.type == "cpu" else self.adamw_step
+            adamw_step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *numbers)
 
     def step_muon(self, group):
         params = group["params"]
@@ -668,10 +675,9 @@ def warm_up(build, config, vocab_size, T, device, budget=math.inf):
 
 def keep_freed_memory():
     """On a CPU: glibc gives large blocks back to the system, which has to find and clear new ones in every step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:  # Linux with glibc
-        mallopt(-4, 0)  # M_MMAP_MAX: no block comes from the system directly
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
+    mallopt(-4, 0)  # M_MMAP_MAX: no block comes from the system directly
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
 
 
 def main():
@@ -685,8 +691,8 @@ def main():
 
     attention_name, attention, why_not = pick_attention(T, window_sizes(config, T), config.HEAD_DIM, device)
     print(f"attention: {attention_name} ({why_not})")
-    precision, multiplies = ("bfloat16", "multiplies") if bfloat16_works(device) else ("float32", "does not multiply")
-    print(f"precision: {precision} (this {device.type.upper()} {multiplies} in bfloat16)", flush=True)
+    precision = "bfloat16 (fast" if bfloat16_works(device) else "float32 (bfloat16 is not fast"
+    print(f"precision: {precision} on this {device.type})", flush=True)
     build = partial(Run, config, vocab_size, T, device, attention)
     batch_size = warm_up(build, config, vocab_size, T, device, prepare.TIME_BUDGET)
     run = build()
