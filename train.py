@@ -9,6 +9,7 @@ Everything else may change: architecture, optimizer, schedules, sizes.
 Sections: config → attention → model → optimizer → schedules → accounting → loop → main. Importing it does nothing.
 """
 
+import ctypes
 import fnmatch
 import gc
 import itertools
@@ -24,6 +25,10 @@ from functools import cache, partial
 # Such segments waste less memory. PyTorch 2.9 knows the first name, later releases read the second when imported
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
+# On a CPU: a thread that waits for others spins 200 times as long by default, which takes time from them where the
+# machine is busy. (GNU's OpenMP, which PyTorch uses on Linux.) Then: pages of 2 MiB for large tensors
+os.environ.setdefault("GOMP_SPINCOUNT", "1500")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import torch.nn as nn
@@ -99,21 +104,35 @@ LOG_SECONDS = 10  # between two lines of progress in a file
 # Causal: the query at i sees the keys j with 0 ≤ i - j ≤ window.
 
 
+def compiler():
+    """torch.compile as a run wants it: for each shape that it meets, and kept for the next run."""
+    os.environ.setdefault("USER", str(os.getuid()))  # names the compiler's cache; in a container it may be missing
+    torch._dynamo.config.recompile_limit = 64  # shapes per function, 8 by default: later ones would run uncompiled
+    # PyTorch 2.9 compiles this anew in every run, later releases do not. (The value is a part of the cache's key.)
+    backward = "torch.ops.higher_order.flex_attention_backward"
+    torch._inductor.config.unsafe_marked_cacheable_functions = {backward: torch.__version__}
+    return partial(torch.compile, dynamic=False)
+
+
 @cache
-def window_mask(T, window, device):
-    """True where the query (row) sees the key (column), (T, T)."""
+def window_mask(T, window, device, dtype):
+    """What is added to the scores, (T, T): 0 where the query (row) sees the key (column), elsewhere -inf."""
     i = torch.arange(T, device=device)
     distance = i[:, None] - i[None, :]
-    return (distance >= 0) & (distance <= window)
+    return torch.zeros(T, T, device=device, dtype=dtype).masked_fill((distance < 0) | (distance > window), -math.inf)
 
 
 def sdpa_attention(q, k, v, window):
-    """PyTorch's scaled-dot-product attention with an exact mask. It works on every device."""
+    """Scaled-dot-product attention with an exact mask. It works on every device."""
     T, group_size = q.size(1), q.size(2) // k.size(2)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     if group_size > 1:  # each key head serves a group of neighbouring query heads
         k, v = (t.repeat_interleave(group_size, dim=1) for t in (k, v))
-    mask = None if window >= T - 1 else window_mask(T, window, q.device)
+    mask = partial(window_mask, T, window, q.device, q.dtype)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # PyTorch's own takes more than twice the time there
+        scores = (q / math.sqrt(q.size(-1))) @ k.mT + mask()  # (B, H, T, T)
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    mask = None if window >= T - 1 else mask()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
 
 
@@ -162,14 +181,14 @@ def flash3_attention():
 
 
 def pick_attention(T, windows, head_dim, device):
-    """(name, attention, reason): the fastest kernel that works on this device. A run calls this once."""
-    if not bfloat16_works(device):
+    """(name, attention, why_not): the fastest kernel that works on this device. A run calls this once."""
+    if device.type != "cuda" or not bfloat16_works(device):
         return "sdpa", sdpa_attention, "exact mask: there is no CUDA GPU that has bfloat16"
     kernels = {"fa3": flash3_attention, "flex": partial(flex_attention_for, T, windows, device)}
-    reason = "FlashAttention-3 from the kernel hub"
+    why_not = "FlashAttention-3 from the kernel hub"
     # An AMD GPU has the type "cuda" too, but compute capabilities of its own
     if torch.version.hip or torch.cuda.get_device_capability(device)[0] not in (8, 9):
-        reason = f"no FlashAttention-3 for {torch.cuda.get_device_name(device)}"
+        why_not = f"no FlashAttention-3 for {torch.cuda.get_device_name(device)}"
         del kernels["fa3"]
     for name, make in kernels.items():
         try:
@@ -178,10 +197,10 @@ def pick_attention(T, windows, head_dim, device):
             q = torch.randn(1, T, 1, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
             compiler()(attention, fullgraph=True)(q, q, q, windows[0]).sum().backward()
             torch.cuda.synchronize()
-            return name, attention, reason
+            return name, attention, why_not
         except Exception as error:  # no network, no build for this PyTorch, a failed import: the next one may work
-            reason = f"no {name} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
-    return "sdpa", sdpa_attention, f"exact mask: {reason}"
+            why_not = f"no {name} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
+    return "sdpa", sdpa_attention, f"exact mask: {why_not}"
 
 
 # -----------------------------------------------------------------------------
@@ -285,7 +304,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         # autocast keeps its 16-bit copies of the weights until it ends. So it must end with each pass: a longer one
         # would go on with the weights of the first step.
-        with torch.autocast("cuda", torch.bfloat16) if bfloat16_works(idx.device) else nullcontext():
+        with torch.autocast(idx.device.type, torch.bfloat16) if bfloat16_works(idx.device) else nullcontext():
             x = self.trunk(idx)
             logits = self.lm_head(x).float()  # (B, T, V)
             logits = self.softcap * torch.tanh(logits / self.softcap)  # Gemma 2, arXiv 2408.00118
@@ -408,6 +427,12 @@ def adamw_step(p, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight
     p.sub_(lr / (1 - beta1**step) * exp_avg / denom)
 
 
+def fused_adamw_step(p, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay):
+    """The same by PyTorch's own kernel, in one pass over the memory: for a CPU, where nothing is compiled."""
+    numbers = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    torch._fused_adamw_([p], [grad], [exp_avg], [exp_avg_sq], [], [step], amsgrad=False, maximize=False, **numbers)
+
+
 class MuonAdamW:
     """Param groups of `kind` "muon" (matrices of one shape, updated as one stack) and "adamw".
 
@@ -440,7 +465,8 @@ class MuonAdamW:
                 state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             state["step"] += 1
             numbers = as_tensors(state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-            self.adamw_step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *numbers)
+            adamw_step = fused_adamw_step if p.device.type == "cpu" else self.adamw_step
+            adamw_step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *numbers)
 
     def step_muon(self, group):
         params = group["params"]
@@ -597,6 +623,21 @@ def is_out_of_memory(error):
     return "out of resource" not in message and any(sign in message for sign in signs)
 
 
+def step_seconds(build, vocab_size, rows, batch_size, T, device):
+    """Train and evaluate once on random tokens. Returns the seconds that a step of `rows` rows takes."""
+    run, micro_batches = build(), min(2, rows // batch_size)
+    x, y = torch.randint(vocab_size, (2, batch_size, T), device=device)
+    # On CUDA two compile: from the second on, the optimizer has its state and the gradients their final layout
+    for _ in range(3 if device.type == "cuda" else 2):
+        began = time.monotonic()
+        run.step(itertools.repeat((x, y, 1)), micro_batches).item()  # waits for the GPU
+    seconds = (time.monotonic() - began) * rows / (batch_size * micro_batches)
+    run.model.eval()
+    with torch.no_grad():
+        run.compiled_model(x)
+    return seconds
+
+
 def warm_up(build, config, vocab_size, T, device, budget=math.inf):
     """Compile, allocate and find the micro-batch: steps on random tokens, with models that are then thrown away.
 
@@ -609,22 +650,9 @@ def warm_up(build, config, vocab_size, T, device, budget=math.inf):
     if config.DEVICE_BATCH_SIZE < 1:
         raise TrainingError(f"DEVICE_BATCH_SIZE is {config.DEVICE_BATCH_SIZE} rows: it must be 1 or more")
 
-    def step_seconds(batch_size):
-        run, micro_batches = build(), min(2, rows // batch_size)
-        x, y = torch.randint(vocab_size, (2, batch_size, T), device=device)
-        # On CUDA two compile: from the second on, the optimizer has its state and the gradients their final layout
-        for _ in range(3 if device.type == "cuda" else 2):
-            began = time.monotonic()
-            run.step(itertools.repeat((x, y, 1)), micro_batches).item()  # waits for the GPU
-        seconds = (time.monotonic() - began) * rows / (batch_size * micro_batches)
-        run.model.eval()
-        with torch.no_grad():
-            run.compiled_model(x)
-        return seconds
-
     for batch_size in (n for n in range(min(rows, config.DEVICE_BATCH_SIZE), 0, -1) if rows % n == 0):
         try:
-            seconds = step_seconds(batch_size)
+            seconds = step_seconds(build, vocab_size, rows, batch_size, T, device)
             if budget < 50 * seconds:
                 print(f"note: about {budget / seconds:.0f} steps fit: lower TOTAL_BATCH_SIZE or `prepare.py --scale`")
             return batch_size
@@ -645,25 +673,26 @@ def warm_up(build, config, vocab_size, T, device, budget=math.inf):
 # Main
 
 
-def compiler():
-    """torch.compile as a run wants it: for each shape that it meets, and kept for the next run."""
-    os.environ.setdefault("USER", str(os.getuid()))  # names the compiler's cache; in a container it may be missing
-    torch._dynamo.config.recompile_limit = 64  # shapes per function, 8 by default: later ones would run uncompiled
-    # PyTorch 2.9 compiles this anew in every run, later releases do not. (The value is a part of the cache's key.)
-    backward = "torch.ops.higher_order.flex_attention_backward"
-    torch._inductor.config.unsafe_marked_cacheable_functions = {backward: torch.__version__}
-    return partial(torch.compile, dynamic=False)
+def keep_freed_memory():
+    """On a CPU: glibc gives large blocks back to the system, which has to find and clear new ones in every step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
+    mallopt(-4, 0)  # M_MMAP_MAX: no block comes from the system directly
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
 
 
 def main():
     device = prepare.start_run()
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     config, T = {"full": FULL, "desktop": DESKTOP, "laptop": LAPTOP}[prepare.SCALE], prepare.MAX_SEQ_LEN
     tokenizer = Tokenizer.from_directory()
     vocab_size = tokenizer.get_vocab_size()
 
-    attention_name, attention, reason = pick_attention(T, window_sizes(config, T), config.HEAD_DIM, device)
-    print(f"attention: {attention_name} ({reason})", flush=True)
+    attention_name, attention, why_not = pick_attention(T, window_sizes(config, T), config.HEAD_DIM, device)
+    print(f"attention: {attention_name} ({why_not})")
+    precision = "bfloat16 (fast" if bfloat16_works(device) else "float32 (bfloat16 is not fast"
+    print(f"precision: {precision} on this {device.type})", flush=True)
     build = partial(Run, config, vocab_size, T, device, attention)
     batch_size = warm_up(build, config, vocab_size, T, device, prepare.TIME_BUDGET)
     run = build()

@@ -83,6 +83,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def float32(monkeypatch):
+    """The numbers of a CPU without bfloat16, whatever this one has: the tolerances of these tests are float32's."""
+    monkeypatch.setattr(prepare, "CPU_HAS_BFLOAT16", False)
+
+
 @pytest.fixture(autouse=True)
 def fresh_harness(monkeypatch):
     monkeypatch.setattr(prepare, "clock", prepare.Clock())

@@ -11,7 +11,7 @@ import train
 SHAPES = [(48, 48), (16, 64), (64, 16)]  # square, wide, tall
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "float32")
 
 
 def rng(seed=0):
@@ -34,7 +34,11 @@ def parameters(*shapes, seed=0):
 # AdamW
 
 
-def test_adamw_equals_torchs():
+@pytest.mark.parametrize("formula", [False, True])
+def test_adamw_equals_torchs(monkeypatch, formula):
+    """By the formula, which is compiled for a GPU, and by the kernel for a CPU."""
+    if formula:
+        monkeypatch.setattr(train, "fused_adamw_step", train.adamw_step)
     shapes = [(20, 8), (5,), (3, 4, 5)]
     ours, torchs = parameters(*shapes), parameters(*shapes)
     optimizer = train.MuonAdamW([adamw_group(ours)])

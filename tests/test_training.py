@@ -4,9 +4,9 @@ import gc
 import itertools
 import math
 import os
+import platform
 import runpy
 import weakref
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -23,7 +23,7 @@ V, T, CPU = 32, 8, torch.device("cpu")
 TINY = replace(train.FULL, DEPTH=2, ASPECT_RATIO=8, HEAD_DIM=8, VE_GATE_CHANNELS=8, TOTAL_BATCH_SIZE=4 * T)  # width 16
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "float32")
 
 
 @pytest.fixture(autouse=True)
@@ -238,63 +238,6 @@ def test_progress_on_a_terminal_and_in_a_file(monkeypatch, capsys):
 
 
 # -----------------------------------------------------------------------------
-# Precision
-
-
-def learnable_batches(V, T, rows):
-    """Batches in which nine of ten tokens follow from the two before them."""
-    rng = torch.Generator().manual_seed(1)
-    follow = torch.randint(V, (16, 16), generator=rng)
-    while True:
-        x = torch.randint(V, (rows, T + 1), generator=rng)
-        random = torch.rand(rows, T + 1, generator=rng) < 0.1
-        for t in range(2, T + 1):
-            x[:, t] = torch.where(random[:, t], x[:, t], follow[x[:, t - 1] % 16, x[:, t - 2] % 16])
-        yield x[:, :-1], x[:, 1:], 1
-
-
-def learning_curve(config, V, T, steps, device, embeddings=torch.float32, context=nullcontext):
-    """The loss of each step, with embeddings of that type and each forward pass inside `context()`."""
-    torch.manual_seed(0)
-    with device:
-        model = train.GPT(config, V, T, train.sdpa_attention)
-    for embedding in (model.wte, *model.value_embeds.values()):
-        embedding.to(embeddings)
-    optimizer, curve = train.make_optimizer(model, config), []
-    loader = learnable_batches(V, T, config.TOTAL_BATCH_SIZE // T)
-
-    def forward(x, y):
-        with context():
-            return model(x.to(device), y.to(device))
-
-    for step in range(steps):
-        train.set_schedules(optimizer, config, step / steps, step)
-        curve.append(train_step(forward, optimizer, loader, 1).item())
-    return curve
-
-
-def check_that_precision_costs_nothing(half, full, V):
-    """The mean loss of the last 50 steps agrees to 2 % of what was learned, and more than 1 nat was learned."""
-    ends = [sum(curve[-50:]) / 50 for curve in (half, full)]
-    learned = math.log(V) - ends[1]
-    print(f"bfloat16 {ends[0]:.4f}, float32 {ends[1]:.4f}, learned {learned:.3f} nats")
-    assert half != full and learned > 1
-    assert abs(ends[0] - ends[1]) < 0.02 * learned
-
-
-def test_bfloat16_learns_as_much_as_float32():
-    """300 steps with autocast and embeddings in bfloat16, as on a GPU, against float32.
-
-    They differ by 0.002 of the 3.3 nats learned, and 2 % of these are 0.065. So this finds only large faults: a sum or
-    an optimizer state for which 16 bits are too few.
-    """
-    config = replace(TINY, ASPECT_RATIO=32, HEAD_DIM=32, TOTAL_BATCH_SIZE=16 * 32)
-    full = learning_curve(config, 64, 32, 300, CPU)
-    half = learning_curve(config, 64, 32, 300, CPU, torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16))
-    check_that_precision_costs_nothing(half, full, 64)
-
-
-# -----------------------------------------------------------------------------
 # MPS
 
 
@@ -389,7 +332,7 @@ assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == be
 
 BEFORE_TORCH = """
 import os, sys
-names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "GOMP_SPINCOUNT"
 for name in names:
     os.environ[name] or os.environ.pop(name)
 class Watch:
@@ -401,10 +344,34 @@ import train
 """
 
 
-@pytest.mark.parametrize("own, wanted", [("", "expandable_segments:True"), ("max_split_size_mb:64",) * 2])
-def test_the_allocators_settings_are_made_before_pytorch_is_imported(own, wanted):
-    done = run_python("-c", BEFORE_TORCH, PYTORCH_ALLOC_CONF="", PYTORCH_CUDA_ALLOC_CONF=own)
-    assert done.stderr.split() == [wanted, wanted]
+@pytest.mark.parametrize(
+    "own, spin, wanted, spins", [("", "", "expandable_segments:True", "1500"), ("max_split_size_mb:64", "7") * 2]
+)
+def test_settings_that_pytorch_reads_when_it_is_imported(own, spin, wanted, spins):
+    done = run_python("-c", BEFORE_TORCH, PYTORCH_ALLOC_CONF="", PYTORCH_CUDA_ALLOC_CONF=own, GOMP_SPINCOUNT=spin)
+    assert done.stderr.split() == [wanted, wanted, spins]
+
+
+FAULTS = """
+import resource, torch, train
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(page_faults())
+train.keep_freed_memory()
+torch.ones(2**24)
+print(page_faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_for_the_next_step():
+    """64 MiB of ones, five times: 16,384 pages of 4 KiB each time by default, or fewer large ones."""
+    done = run_python("-c", FAULTS, THP_MEM_ALLOC_ENABLE="0")
+    before, after = map(int, done.stdout.split())
+    assert before > 1000 and after < before / 10
 
 
 def test_importing_does_nothing(tmp_path):
