@@ -585,14 +585,8 @@ def get_device():
     return torch.device(name)
 
 
-# Whether the processor multiplies in bfloat16 (AMX implies it). ARM processors that do were never measured
-CPU_HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-
-
 def bfloat16_works(device):
-    """Whether a run computes in bfloat16 on this device, else in float32: CUDA of compute capability 8 or more."""
-    if device.type == "cpu":
-        return CPU_HAS_BFLOAT16
+    """Whether a run computes in bfloat16 on this device (CUDA of compute capability 8 or more), else in float32."""
     return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8  # compiled code may ask this
 
 

@@ -182,7 +182,7 @@ def flash3_attention():
 
 def pick_attention(T, windows, head_dim, device):
     """(name, attention, why_not): the fastest kernel that works on this device. A run calls this once."""
-    if device.type != "cuda" or not bfloat16_works(device):
+    if not bfloat16_works(device):
         return "sdpa", sdpa_attention, "exact mask: there is no CUDA GPU that has bfloat16"
     kernels = {"fa3": flash3_attention, "flex": partial(flex_attention_for, T, windows, device)}
     why_not = "FlashAttention-3 from the kernel hub"
@@ -205,6 +205,14 @@ def pick_attention(T, windows, head_dim, device):
 
 # -----------------------------------------------------------------------------
 # Model
+
+# Whether the processor multiplies in bfloat16. (AMX implies it. ARM processors that do were not measured.)
+CPU_HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def computes_in_bfloat16(device):
+    """Whether a run does, on this device. Else it computes in float32."""
+    return CPU_HAS_BFLOAT16 if device.type == "cpu" else bfloat16_works(device)
 
 
 def norm(x):
@@ -304,7 +312,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         # autocast keeps its 16-bit copies of the weights until it ends. So it must end with each pass: a longer one
         # would go on with the weights of the first step.
-        with torch.autocast(idx.device.type, torch.bfloat16) if bfloat16_works(idx.device) else nullcontext():
+        with torch.autocast(idx.device.type, torch.bfloat16) if computes_in_bfloat16(idx.device) else nullcontext():
             x = self.trunk(idx)
             logits = self.lm_head(x).float()  # (B, T, V)
             logits = self.softcap * torch.tanh(logits / self.softcap)  # Gemma 2, arXiv 2408.00118
@@ -381,7 +389,7 @@ def polar_express(G):
 
     In bfloat16 where that is fast, elsewhere in float32.
     """
-    X = G.bfloat16() if bfloat16_works(G.device) else G.float()
+    X = G.bfloat16() if computes_in_bfloat16(G.device) else G.float()
     X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = G.size(-2) > G.size(-1)
     X = X.mT if tall else X  # A is then the smaller Gram matrix
@@ -570,7 +578,7 @@ class Run:
         compiled = compiled or (compiler() if device.type == "cuda" else lambda function: function)
         with device:
             self.model = GPT(config, vocab_size, T, attention)
-        if bfloat16_works(device):
+        if computes_in_bfloat16(device):
             for embedding in (self.model.wte, *self.model.value_embeds.values()):
                 embedding.bfloat16()  # half the traffic; autocast casts the other weights
         self.config = config
@@ -691,7 +699,7 @@ def main():
 
     attention_name, attention, why_not = pick_attention(T, window_sizes(config, T), config.HEAD_DIM, device)
     print(f"attention: {attention_name} ({why_not})")
-    precision = "bfloat16 (fast" if bfloat16_works(device) else "float32 (bfloat16 is not fast"
+    precision = "bfloat16 (fast" if computes_in_bfloat16(device) else "float32 (bfloat16 is not fast"
     print(f"precision: {precision} on this {device.type})", flush=True)
     build = partial(Run, config, vocab_size, T, device, attention)
     batch_size = warm_up(build, config, vocab_size, T, device, prepare.TIME_BUDGET)

@@ -86,7 +86,9 @@ def one_thread():
 @pytest.fixture
 def float32(monkeypatch):
     """The numbers of a CPU without bfloat16, whatever this one has: the tolerances of these tests are float32's."""
-    monkeypatch.setattr(prepare, "CPU_HAS_BFLOAT16", False)
+    import train
+
+    monkeypatch.setattr(train, "CPU_HAS_BFLOAT16", False)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ import train
 V, T = 64, 16
 TINY = replace(train.FULL, DEPTH=4, ASPECT_RATIO=8, HEAD_DIM=8, VE_GATE_CHANNELS=8)  # width 32, 4 heads
 CPU, CUDA = map(torch.device, ("cpu", "cuda"))
-CPU_HAS_BFLOAT16 = prepare.CPU_HAS_BFLOAT16  # of this machine: the tests change it
+CPU_HAS_BFLOAT16 = train.CPU_HAS_BFLOAT16  # of this machine: the tests change it
 WINDOWS = (0, 1, T // 2, T - 2, T - 1, T)
 
 # float32 rounds at 6e-8; a sum of tens of terms of order 1 to 10 stays ten times under this
@@ -204,9 +204,7 @@ def test_pick_attention_by_compute_capability(monkeypatch, capability, hip, flex
     monkeypatch.setattr(train, "compiler", lambda: lambda function, fullgraph: function)
     monkeypatch.setattr(train, "flash3_attention", no_network)
     monkeypatch.setattr(train, "flex_attention_for", lambda *_: flex_attention)
-    randn = torch.randn  # there is no GPU to hold its tensors
-    monkeypatch.setattr(torch, "randn", lambda *shape, device, **settings: randn(*shape, **settings))
-    picked, attention, why = train.pick_attention(T, WINDOWS, 16, CUDA)
+    picked, attention, why = train.pick_attention(T, WINDOWS, 16, CPU)  # as if this were a GPU
     assert picked == name and reason in why and "\n" not in why
     assert attention == {"sdpa": train.sdpa_attention, "flex": flex_attention}[name]
 
@@ -214,7 +212,7 @@ def test_pick_attention_by_compute_capability(monkeypatch, capability, hip, flex
 @pytest.mark.parametrize("works", [True, False])
 def test_one_answer_decides_about_bfloat16(monkeypatch, works):
     """Embeddings, autocast and Muon: a GPU of compute capability 7 has float32 everywhere."""
-    monkeypatch.setattr(prepare, "CPU_HAS_BFLOAT16", works)
+    monkeypatch.setattr(train, "CPU_HAS_BFLOAT16", works)
     wanted, run = torch.bfloat16 if works else torch.float32, train.Run(TINY, V, T, CPU, train.sdpa_attention)
     tables = {run.model.wte.weight, *(table.weight for table in run.model.value_embeds.values())}
     assert {p.dtype for p in tables} == {wanted}
@@ -244,7 +242,7 @@ def test_compiled_code_may_ask_whether_bfloat16_works(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_get_device_properties", lambda _: Properties(), raising=False)
 
     def to_half(x):
-        return x.bfloat16() if train.bfloat16_works(CUDA) else x
+        return x.bfloat16() if train.computes_in_bfloat16(CUDA) else x
 
     for major, dtype in ((7, torch.float32), (8, torch.bfloat16)):
         torch.compiler.reset()
