@@ -1374,7 +1374,7 @@ def one_line(text):
 
 
 def some(texts):
-    return "; ".join(texts[:2]) + f"; and {len(texts) - 2} more" * (len(texts) > 2)
+    return "; ".join(texts[:3]) + f"; and {len(texts) - 3} more" * (len(texts) > 3)
 
 
 # -----------------------------------------------------------------------------

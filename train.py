@@ -25,9 +25,9 @@ from functools import cache, partial
 # Such segments waste less memory. PyTorch 2.9 knows the first name, later releases read the second when imported
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
-# On a CPU: a thread that waits for others spins 200 times as long by default, which takes time from them where the
+# On a CPU: a thread that waits for others spins 100 times as long by default, which takes time from them where the
 # machine is busy. (GNU's OpenMP, which PyTorch uses on Linux.) Then: pages of 2 MiB for large tensors
-os.environ.setdefault("GOMP_SPINCOUNT", "1500")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch

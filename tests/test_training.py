@@ -345,7 +345,7 @@ import train
 
 
 @pytest.mark.parametrize(
-    "own, spin, wanted, spins", [("", "", "expandable_segments:True", "1500"), ("max_split_size_mb:64", "7") * 2]
+    "own, spin, wanted, spins", [("", "", "expandable_segments:True", "3000"), ("max_split_size_mb:64", "7") * 2]
 )
 def test_settings_that_pytorch_reads_when_it_is_imported(own, spin, wanted, spins):
     done = run_python("-c", BEFORE_TORCH, PYTORCH_ALLOC_CONF="", PYTORCH_CUDA_ALLOC_CONF=own, GOMP_SPINCOUNT=spin)
