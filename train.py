@@ -93,9 +93,9 @@ class Config:
 FULL = Config(DEPTH=8, HEAD_DIM=128, TOTAL_BATCH_SIZE=2**19, DEVICE_BATCH_SIZE=64)
 DESKTOP = Config(DEPTH=4, HEAD_DIM=64, TOTAL_BATCH_SIZE=2**16, DEVICE_BATCH_SIZE=16)  # never measured on a GPU
 
-# The best that was found for two CPU cores, 60 seconds and rows of 256 tokens, in float32 and on slower code: not searched
-# again since. val_bpb on Python source: depth 2, width 128, 2^11 tokens per step 1.831 (2^12: 1.847); width 64 1.862;
-# depth 3, width 96 1.841; depth 4, width 128 1.978.
+# The best that was found for two CPU cores, 60 seconds and rows of 256 tokens, in float32 and by slower code: not
+# searched again since. val_bpb on Python source: depth 2, width 128, 2^11 tokens per step 1.831 (2^12: 1.847); width 64
+# 1.862; depth 3, width 96 1.841; depth 4, width 128 1.978.
 LAPTOP = Config(DEPTH=2, HEAD_DIM=32, TOTAL_BATCH_SIZE=2**11, DEVICE_BATCH_SIZE=8)
 
 LOG_SECONDS = 10  # between two lines of progress in a file
