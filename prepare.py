@@ -665,7 +665,7 @@ def peak_memory_mb():
 
 
 def device_name():
-    name = f"CPU, {torch.get_num_threads()} thread(s)"
+    name = f"CPU, {clock.threads or torch.get_num_threads()} thread(s)"
     if get_device().type == "cuda":
         name = torch.cuda.get_device_name()
     elif get_device().type == "mps":
@@ -781,6 +781,7 @@ class Clock:
     def __init__(self):
         self.started = self.stopped = self.val_bpb = None
         self.work = self.worked = 0.0  # CPU seconds of this process at the start, and from start to stop
+        self.threads = 0  # of a CPU, at the start: train.py may use fewer for a time
         self.rates = []  # of an accelerator, see work_rate()
         self.evaluations = 0  # since the start
         self.val_seen = self.val_seen_before = False  # was validation text handed out, and before the evaluation?
@@ -788,7 +789,7 @@ class Clock:
 
     def start(self):
         if self.started is None:
-            self.started, self.work = time.monotonic(), time.process_time()
+            self.started, self.work, self.threads = time.monotonic(), time.process_time(), torch.get_num_threads()
             if get_device().type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # the warm-up's attempts are not the run's memory
         self.stopped = None
@@ -850,7 +851,7 @@ def machine_speed():
     """
     if clock.rates:
         return statistics.mean(clock.rates)
-    return clock.worked / ((clock.seconds() or math.inf) * torch.get_num_threads())
+    return clock.worked / ((clock.seconds() or math.inf) * (clock.threads or 1))
 
 
 def get_seed():
@@ -1046,7 +1047,7 @@ def check_causality(model, x, row_ids, ref_logits, V, rng):
 
 
 # -----------------------------------------------------------------------------
-# Night: the rule that says which run is kept, and the rows of a night, which are notes in git
+# Night: the rule that says which run is kept, and the rows of a night, which git keeps
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 KEEP_MARGIN = 1.5  # standard deviations of the baseline by which an idea must be better
@@ -1116,21 +1117,15 @@ def open_night():
     if not branch.startswith("autoresearch/"):
         raise PrepareError(f"a night has a branch autoresearch/…, this is {branch or 'none'}: git switch to it")
     waves = [path.parent for path in Path(".waves").glob("[0-9]*/.git")]
-    blobs = git("notes", f"--ref={branch}", "list").split()[::2]
-    notes = git("cat-file", "--batch=", "--buffer", text="\n".join(blobs)) if blobs else ""
-    rows = sorted((json.loads(line) for line in notes.splitlines() if line), key=lambda row: row["number"])
+    ledger = git("for-each-ref", "--format=%(objectname)", f"refs/rows/{branch}")
+    rows = [json.loads(line) for line in git("cat-file", "blob", ledger).splitlines()] if ledger else []
     return Night(branch, sorted(waves, key=lambda tree: (len(tree.name), tree)) or [Path()], rows)  # 10 after 9
 
 
 def write_rows(night, new):
-    """Add rows to the notes of their commits, one JSON a line: all of them or none."""
-    ref = f"refs/notes/{night.branch}"
-    stream = [f"commit {ref}\ncommitter {git('var', 'GIT_COMMITTER_IDENT')}\ndata 4\nrows\n"]
-    stream += [f"from {ref}^0\n"] if night.rows else []
-    for commit in {row["commit"] for row in new}:
-        note = "".join(json.dumps(row) + "\n" for row in night.rows + new if row["commit"] == commit)  # all is ASCII
-        stream.append(f"N inline {commit}\ndata {len(note)}\n{note}\n")
-    git("fast-import", "--quiet", text="".join(stream))
+    """Write the rows of the night and the new ones, one JSON a line: all of them or none."""
+    text = "".join(json.dumps(row) + "\n" for row in night.rows + new)
+    git("update-ref", f"refs/rows/{night.branch}", git("hash-object", "-w", "--stdin", text=text))
 
 
 def write_table(rows):
@@ -1449,8 +1444,8 @@ def decide(record=False, veto=False):
             return int(record)
     new = [new_row(run, night.rows) for _, run, _ in found.values()]
     wave = 1 + max((row["wave"] for row in night.rows), default=0)
-    for number, row in enumerate(new, len(night.rows)):
-        row |= {"number": number, "wave": wave}
+    for row in new:
+        row["wave"] = wave
         if night.trees != [Path()]:
             row["description"] = f"wave {wave}: {row['description']}"
     judge(night.rows, new, veto)
@@ -1485,7 +1480,8 @@ def judge(rows, new, veto):
     limits = bars(facts)[0][len(rows) :]
     _, head, margin, n = bars(facts[: len(rows)])
     bar = f"keep below {head - margin * (1 - n / KEEP_WAVES):.6f}, simpler code below {head + margin:.6f}"
-    bar = "the baseline comes first" if math.isnan(head) else f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}"
+    bar = f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}"
+    bar = f"no bar before {BASELINES} numbers of the baseline" if math.isnan(head) else bar
     print(f"{'record' if new else 'idea'}: {bar}")
     passed = [row for row, limit in zip(new, limits) if row["status"] == "discard" and float(row["val_bpb"]) < limit]
     passed = sorted(

@@ -35,7 +35,7 @@ RUN, DECIDE, RECORD = (
     command(f"run prepare.py {word}\n", but="git status").strip() for word in "run decide record".split()
 )
 (CHECK,) = set(re.findall("`(uv run prepare.py run check)`", ONE_GPU))
-LOOK = command("tail -n 30")
+LOOK = command("tail -n 35")
 
 NOISE = [0.003, 0, -0.001, 0.002, 0.001, -0.003, -0.002, 0]  # of seeds 0 to 7; others by their last digit
 STAND_IN = f"""

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, SMALL, run_python
 
 import prepare
+import train
 
 BLOCK = (
     "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth "
@@ -98,7 +99,7 @@ def test_the_budget_is_kept_within_a_step_and_reported(finished):
     seconds, steps = float(values["training_seconds"]), int(values["num_steps"])
     assert 2 <= seconds <= 2 + 3 * seconds / steps + 0.1  # the steps are not all of one length
     assert float(values["total_seconds"]) > seconds
-    assert float(values["total_tokens_M"]) == pytest.approx(steps * 2048 / 1e6, abs=0.05)
+    assert float(values["total_tokens_M"]) == pytest.approx(steps * train.LAPTOP.TOTAL_BATCH_SIZE / 1e6, abs=0.05)
 
 
 def test_two_worktrees_run_at_once_on_one_cache(both):

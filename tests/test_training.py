@@ -7,6 +7,7 @@ import os
 import platform
 import runpy
 import weakref
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -228,9 +229,22 @@ def test_a_loss_that_explodes_ends_the_run_and_names_the_step(monkeypatch, first
     losses(monkeypatch, change=lambda n, loss: loss * (1 if n <= 2 else 1.5))  # bad, but below the limit
 
 
+@pytest.mark.parametrize("free", [8, 4, 1])
+def test_threads_are_as_many_as_make_a_step_quickest(monkeypatch, free):
+    used, spent = [], Counter()
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    threads = train.quickest_threads(8)
+    next(threads)
+    for _ in range(5000):
+        seconds = 0.1 / used[-1] * max(1, used[-1] / free) ** 2  # of a step, the fewest with `free` threads
+        spent[used[-1]] += seconds
+        threads.send(seconds)
+    assert spent[free] > 0.6 * spent.total() and set(used) <= {1, 2, 4, 8}
+
+
 def test_progress_on_a_terminal_and_in_a_file(monkeypatch, capsys):
-    losses(monkeypatch, steps=5)
-    assert capsys.readouterr().out.count("step") == 1  # a line every LOG_SECONDS
+    losses(monkeypatch, steps=20)
+    assert capsys.readouterr().out.count("step") == train.LOG_LINES == 10
     monkeypatch.setattr(train.sys.stdout, "isatty", lambda: True, raising=False)
     losses(monkeypatch, steps=5)
     text = capsys.readouterr().out
