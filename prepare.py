@@ -1454,10 +1454,8 @@ def decide(record=False, veto=False):
             if new:
                 write_rows(night, new)
             follow(night, night.rows + new)
-        print(
-            f"{'recorded' if new else 'nothing to record'}: {night.branch} is at",
-            git("log", "-1", "--format=%h %s")[:100],
-        )
+        ideas, head = sum(row["kind"] == "idea" for row in night.rows + new), git("log", "-1", "--format=%h %s")[:100]
+        print(f"{'recorded' if new else 'nothing to record'}: {night.branch} has tried {ideas} ideas, and is at {head}")
     return 0
 
 

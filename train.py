@@ -599,27 +599,30 @@ class Run:
         return total_loss
 
 
-THREADS_SECONDS = 5  # between two trials of another number of threads
+THREADS_SECONDS = 6  # between two trials of another number of threads; the first ones come sooner
 
 
 def quickest_threads(most):
     """Finds the number of threads, up to `most`, that makes a step quickest: `send` it the seconds of each step.
 
     Beside other busy processes fewer are quicker, because all wait for the one that has no core. So now and then half
-    or twice as many are tried for three steps.
+    or twice as many are tried for two steps.
     """
-
-    def mean_seconds(number, seconds=0.0):
+    number, wait = most, 1
+    for factor in itertools.cycle((0.5, 2)):
         torch.set_num_threads(number)
         times = []
-        while len(times) < 3 or sum(times) < seconds:
+        while len(times) < 2 or sum(times) < wait:
             times.append((yield))
-        return sum(times) / len(times)
-
-    number = most
-    for factor in itertools.cycle((0.5, 2)):
-        usual, other = (yield from mean_seconds(number, THREADS_SECONDS)), min(max(1, int(number * factor)), most)
-        if other != number and (yield from mean_seconds(other)) < usual:
+        usual, wait = sum(times) / len(times), min(2 * wait, THREADS_SECONDS)
+        other = min(max(1, int(number * factor)), most)
+        torch.set_num_threads(other)
+        trial = 0.0
+        for _ in range(2):
+            trial += yield
+            if trial >= 2 * usual:
+                break
+        else:
             number = other
 
 
