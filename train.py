@@ -184,7 +184,7 @@ def flash3_attention():
 def pick_attention(T, windows, head_dim, device):
     """(name, attention, why_not): the fastest kernel that works on this device. A run calls this once."""
     if not bfloat16_works(device):
-        return "sdpa", sdpa_attention, "an exact mask: the faster kernels are for CUDA GPUs"
+        return "sdpa", sdpa_attention, "an exact mask: the faster kernels need a CUDA GPU with bfloat16"
     kernels = {"fa3": flash3_attention, "flex": partial(flex_attention_for, T, windows, device)}
     why_not = "FlashAttention-3 from the kernel hub"
     # An AMD GPU has the type "cuda" too, but compute capabilities of its own
