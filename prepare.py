@@ -1444,8 +1444,9 @@ def decide(record=False, veto=False):
             return int(record)
     new = [new_row(run, night.rows) for _, run, _ in found.values()]
     wave = 1 + max((row["wave"] for row in night.rows), default=0)
+    page = hashlib.sha256(Path("program.md").read_bytes()).hexdigest() if Path("program.md").exists() else None
     for row in new:
-        row["wave"] = wave
+        row |= {"wave": wave, "page": page}
         if night.trees != [Path()]:
             row["description"] = f"wave {wave}: {row['description']}"
     judge(night.rows, new, veto)
@@ -1456,6 +1457,8 @@ def decide(record=False, veto=False):
             follow(night, night.rows + new)
         ideas, head = sum(row["kind"] == "idea" for row in night.rows + new), git("log", "-1", "--format=%h %s")[:100]
         print(f"{'recorded' if new else 'nothing to record'}: {night.branch} has tried {ideas} ideas, and is at {head}")
+        if night.rows and page != night.rows[-1].get("page", page):
+            print('note: program.md has changed since the last record: read its section "From the human" again')
     return 0
 
 

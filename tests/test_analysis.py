@@ -349,18 +349,18 @@ def test_runs_in_jupyter(tmp_path):
     assert "jp-RenderedImage" in page.split("</head>")[1]  # the head has styles of that name
 
 
-@pytest.mark.parametrize("name, picture", [("evening", "night"), ("waves", "waves")])
-def test_a_real_evening(analyse, tmp_path, name, picture):
-    """Evenings that an agent ran by program.md at laptop scale: one run at a time, and waves of four through Slurm."""
+@pytest.mark.parametrize("name", ["night", "waves"])
+def test_a_real_night(analyse, tmp_path, name):
+    """What agents ran by program.md at laptop scale: a hundred ideas one by one, and waves of four through Slurm."""
     text = (ROOT / "tests" / f"{name}.tsv").read_text(encoding="utf-8")
     variables, printed = analyse(text)
     assert f"results.tsv: {text.count(chr(10)) - 1} runs\n" in printed and "malformed" not in printed
     assert variables["kept"]["runs"].iloc[0] >= 6 and "fresh seeds, see above" in printed
     # Every decision follows from the rule, also where a discarded point lies far below the best score.
     assert "\nresults.tsv: 0 of " in printed and variables["experiments"]["bar"].isna().sum() == 1  # the baseline's
-    drawn, committed = (plt.imread(path) for path in (tmp_path / "progress.png", ROOT / "tests" / f"{picture}.png"))
+    drawn, committed = (plt.imread(path) for path in (tmp_path / "progress.png", ROOT / "tests" / f"{name}.png"))
     assert drawn.shape == committed.shape and np.abs(drawn - committed).mean() < 0.005  # else copy it from there
-    if name == "evening":  # the committed notebook shows it
+    if name == "night":  # the committed notebook shows it
         outputs = [output for cell in json.loads(NOTEBOOK.read_text())["cells"] for output in cell.get("outputs", ())]
         streams = ["".join(output["text"]) for output in outputs if output["output_type"] == "stream"]
         assert len(streams) == 6 and all(stream in printed for stream in streams)

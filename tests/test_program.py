@@ -327,12 +327,12 @@ def test_the_human_commits_in_the_night(clone):
         clone.sh("echo >> program.md && git commit -qam before")
         clone.idea(value, "under", "time.sleep(1)")
         clone.sh("echo >> program.md && git commit -qam after")
-        clone.record()
+        assert 'read its section "From the human" again' in clone.record()
         assert clone.rows()[-1][3] == ("keep" if kept else "discard")
         assert clone.sh("git log --format=%s -n 1") in ("after\n", 'Revert "under"\n')
         assert bool(clone.sh(f"git diff {base} -- train.py")) == bool(kept)
     clone.idea(1.2, "next")
-    clone.record()
+    assert "From the human" not in clone.record()
     assert clone.rows()[-1][3] == "discard" and clone.sh("git log --format=%s -n 1") == "after\n"
 
 
