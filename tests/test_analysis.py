@@ -188,6 +188,9 @@ def test_repeats_are_averaged_and_give_the_noise(analyse):
     assert "best 0.952000 (1 runs, #3 bbbbbbb" in printed and "gain 0.040000" in printed
     assert "on seeds that it was not chosen by: ± 0.001333" in printed
     assert "identical to the last digit" in analyse(table("ba5e11e 0.998; ba5e11e 0.998; aaaaaaa 0.99"))[1]
+    # The check's runs are of another hour, when the machine was slower: variance 2 (1 degree) of their own.
+    variables, _ = analyse(table(f"{text}; ba5e11e 0.983 keep check; ba5e11e 0.985 keep check"))
+    assert variables["outcomes"].iloc[0, -2:].tolist() == pytest.approx([1.5**0.5 * 1e-3, 4])
 
 
 def test_within_noise_is_two_standard_errors(analyse):
