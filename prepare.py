@@ -1264,10 +1264,7 @@ def start_runs(*words):
     for tree, job in plan_runs(night).items() if check else ():
         if job.kind == "idea" and job == read_run(tree, night.branch)[0]:
             raise PrepareError(f"{job.name(tree)} has no row: `uv run prepare.py decide` before a check")
-    plan = plan_runs(night, check)
-    if check and not plan and not numbers:
-        return report_check(night.rows)
-    plan = {tree: job for tree, job in plan.items() if tree in chosen}
+    plan = {tree: job for tree, job in plan_runs(night, check).items() if tree in chosen}
     found, started = look(night, plan, [ALIVE], WATCH), []
     with changing(night):
         for tree, (state, run, renewed) in found.items():
@@ -1278,7 +1275,8 @@ def start_runs(*words):
                 begin(tree, plan[tree], night.branch, None if state == NEW else run.get("report") or run["earlier"])
                 started.append(tree)
     if not started:
-        reason = "it is going on or has ended: `uv run prepare.py decide`" if plan else "commit an idea"
+        ended = f"it is going on or has ended: `uv run prepare.py decide{' check' * check}`"
+        reason = ended if plan or check else "commit an idea"
         raise PrepareError(f"nothing new to run: {reason if chosen else f'there is no .waves/{numbers[0]}'}")
     print("started", some([plan[tree].name(tree) for tree in started]), flush=True)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(night.trees))))).split(",")
@@ -1290,16 +1288,6 @@ def start_runs(*words):
             command = [sys.executable, __file__, "supervise", str(tree)]
             supervisor = subprocess.Popen(command, env=env, start_new_session=not numbers, **streams)
     return supervisor.wait() if numbers else 0
-
-
-def report_check(rows):
-    """Print what baseline and branch are worth. Returns the exit status."""
-    for name, commit in zip(("baseline", "branch"), (kept_commits(rows)[0], kept_commits(rows)[-1])):
-        checks = [row for row in rows if (row["commit"], row["kind"]) == (commit, "check")]
-        numbers = [float(row["val_bpb"]) for row in checks if row["status"] == "keep"]
-        text = f"{statistics.mean(numbers):.6f} ({min(numbers)} to {max(numbers)})" if numbers else "no number"
-        print(f"{name} {commit}, {len(numbers)} of {len(checks)} fresh seeds: {text}")
-    return 0
 
 
 def begin(tree, job, branch, earlier):
@@ -1425,23 +1413,27 @@ def new_row(run, rows):
     return row | {"status": status, "description": text}
 
 
-def decide(record=False, veto=False):
+def decide(check=False, record=False, veto=()):
     """Wait for the runs, and say what becomes of them. `record`: write their rows too, and move the branch.
 
-    The first word that it prints is what comes next: wait, run, record, or idea. `veto` keeps nothing. Returns the exit
-    status. Raises PrepareError, or CalledProcessError of git.
+    The first word that it prints is what comes next: wait, run, record, or idea. With `check`, idea comes when the
+    check is complete. `veto` has the commits that are not kept, or "discard" for all. Returns the exit status. Raises
+    PrepareError, or CalledProcessError of git.
     """
     night = open_night()
-    plan = plan_runs(night)
+    plan = plan_runs(night, check)
     in_queue = night.trees != [Path()] and waits_in_slurm()
     words = {CUT_OFF: "run", AGAIN: "run", NEW: "wait" if in_queue else "run", ALIVE: "wait"}
     found = look(night, plan, [state for state in words if words[state] == "wait"], DECIDE_WAIT)
-    for word, remedy in ("run", " → uv run prepare.py run"), ("wait", ""):  # a tree that needs a start comes first
+    command = "uv run prepare.py run" + " check" * any(job.kind == "check" for job in plan.values())
+    for word, remedy in ("run", f" → {command}"), ("wait", ""):  # a tree that needs a start comes first
         states = [(tree, state, run) for tree, (state, run, _) in found.items() if words.get(state) == word]
         if states:
             texts = [describe(tree, plan[tree], state, run, night.rows) for tree, state, run in states]
             print(f"{word}: {some(texts)}{remedy}")
             return int(record)
+    if check and not plan:
+        return report_check(night.rows)
     new = [new_row(run, night.rows) for _, run, _ in found.values()]
     wave = 1 + max((row["wave"] for row in night.rows), default=0)
     page = hashlib.sha256(Path("program.md").read_bytes()).hexdigest() if Path("program.md").exists() else None
@@ -1449,6 +1441,9 @@ def decide(record=False, veto=False):
         row |= {"wave": wave, "page": page}
         if night.trees != [Path()]:
             row["description"] = f"wave {wave}: {row['description']}"
+    commits = [row["commit"] for row in new]
+    if not {*veto} <= {"discard", *commits}:
+        raise PrepareError(f"{' '.join(veto)}: the runs that have no row are {some(commits) or 'none'}")
     judge(night.rows, new, veto)
     if record:
         with changing(night):
@@ -1463,9 +1458,10 @@ def decide(record=False, veto=False):
 
 
 def waits_in_slurm():
-    """Whether a job of this user waits in the queue of Slurm, so that what has not started needs no other start."""
-    command = ["squeue", "--me", "--noheader", "--states=PENDING,CONFIGURING"]
-    return bool(shutil.which("squeue") and subprocess.run(command, capture_output=True).stdout.strip())
+    """Whether a job from this folder waits in Slurm's queue, so that what has not started needs no other start."""
+    command = ["squeue", "--me", "--noheader", "--states=PENDING,CONFIGURING", "--format=%Z"]
+    queue = subprocess.run(command, capture_output=True, text=True).stdout if shutil.which("squeue") else ""
+    return os.getcwd() in map(os.path.realpath, queue.splitlines())
 
 
 def describe(tree, job, state, run, rows):
@@ -1473,6 +1469,17 @@ def describe(tree, job, state, run, rows):
     if state == AGAIN:
         return f"{text}: {why_again(run, rows)}"
     return text if state == NEW else f"{text} ({last_words(tree)})"
+
+
+def report_check(rows):
+    """Print what baseline and branch are worth. Returns the exit status."""
+    print("idea: the check is complete")
+    for name, commit in zip(("baseline", "branch"), (kept_commits(rows)[0], kept_commits(rows)[-1])):
+        checks = [row for row in rows if (row["commit"], row["kind"]) == (commit, "check")]
+        numbers = [float(row["val_bpb"]) for row in checks if row["status"] == "keep"]
+        text = f"{statistics.mean(numbers):.6f} ({min(numbers)} to {max(numbers)})" if numbers else "no number"
+        print(f"{name} {commit}, {len(numbers)} of {len(checks)} fresh seeds: {text}")
+    return 0
 
 
 def judge(rows, new, veto):
@@ -1485,10 +1492,9 @@ def judge(rows, new, veto):
     bar = f"no bar before {BASELINES} numbers of the baseline" if math.isnan(head) else bar
     print(f"{'record' if new else 'idea'}: {bar}")
     passed = [row for row, limit in zip(new, limits) if row["status"] == "discard" and float(row["val_bpb"]) < limit]
-    passed = sorted(
-        (row for row in passed if row["change"] <= MACHINE_TOLERANCE), key=lambda row: float(row["val_bpb"])
-    )
-    if passed and not veto:
+    passed = [row for row in passed if row["change"] <= MACHINE_TOLERANCE and not {"discard", row["commit"]} & {*veto}]
+    passed.sort(key=lambda row: float(row["val_bpb"]))
+    if passed:
         passed[0]["status"] = "keep"
     for row in new:
         print("\t".join(row[name] for name in HEADER.split("\t")))
@@ -1564,11 +1570,11 @@ def night_command(command, *words):
         return start_runs(*words)
     if command == "supervise":
         return supervise(Path(*words))
-    if (command, *words) == ("decide",):
-        return decide()
-    if command == "record" and words in ((), ("discard",)):
-        return decide(record=True, veto=bool(words))
-    raise PrepareError("the commands of a night are `prepare.py run`, `decide`, `record` and `record discard`")
+    if command == "decide" and words in ((), ("check",)):
+        return decide(check=bool(words))
+    if command == "record" and words[:1] in ((), ("discard",)):
+        return decide(record=True, veto=words[1:] or words)
+    raise PrepareError("the commands of a night are `prepare.py run`, `decide` and `record`: see program.md")
 
 
 # -----------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def command(*words, page=ONE_GPU, but="nothing of this kind"):
 RUN, DECIDE, RECORD = (
     command(f"run prepare.py {word}\n", but="git status").strip() for word in "run decide record".split()
 )
-(CHECK,) = set(re.findall("`(uv run prepare.py run check)`", ONE_GPU))
+CHECK, CHECKED = (" ".join(found.split()) for found in re.findall(r"`(uv\s+run\s+prepare.py\s+\w+\s+check)`", ONE_GPU))
 LOOK = command("tail -n 35")
 
 NOISE = [0.003, 0, -0.001, 0.002, 0.001, -0.003, -0.002, 0]  # of seeds 0 to 7; others by their last digit
@@ -231,16 +231,20 @@ def test_a_night_in_small(clone):
     assert 'run.py", line ' in clone.sh("cat run.log")  # where it hung
     # One that would be kept, but for the human's limits
     tried.append(clone.idea(0.6, "simpler: batch 2^8"))
+    assert f"1234567: the runs that have no row are {tried[-1]}\n" in clone.record("discard 1234567")
     clone.record("discard")
     assert clone.rows()[-1][3] == "discard"
 
     # The check finds commits and seeds, three each, and moves no bar
     before, start = clone.decide(), CHECK
+    assert clone.sh(CHECKED) == f"run: check {base}, seed 100 has not started → {CHECK}\n"
     for seed, commit in [(seed, commit) for seed in (100, 101, 102) for commit in (base, kept)]:
         assert clone.run(start) == commit
         start = RUN  # it goes on until it is complete
         assert f"{commit}\t" in clone.record() and clone.rows()[-1][4].startswith(f"check, seed {seed}, ")
-    assert clone.sh(CHECK).splitlines() == [
+    assert "has ended" in clone.sh(f"{CHECK} 2>&1", ok=False)
+    assert clone.sh(CHECKED).splitlines() == [
+        "idea: the check is complete",
         f"baseline {base}, 3 of 3 fresh seeds: {1 + statistics.mean(NOISE[:3]):.6f} (0.999 to 1.003)",
         f"branch {kept}, 3 of 3 fresh seeds: {0.9 + statistics.mean(NOISE[:3]):.6f} (0.899 to 0.903)",
     ]
@@ -355,8 +359,9 @@ def test_what_is_refused(clone):
     assert f"must be one commit on top of {base}" in clone.sh(f"{RUN} 2>&1", ok=False)
     clone.sh("git reset -q --hard HEAD~2")
     assert "there is no .waves/7" in clone.sh(f"{RUN} 7 2>&1", ok=False)
-    for words in ("run twice", "run 1 check", "record discard x", "decide x", "record x"):
+    for words in ("run twice", "run 1 check", "decide x", "record x"):
         assert "`prepare.py run" in clone.sh(f"uv run prepare.py {words} 2>&1", ok=False)
+    assert "the runs that have no row are none" in clone.sh("uv run prepare.py record discard x 2>&1", ok=False)
     assert len(clone.rows()) == 4
 
 
@@ -438,7 +443,7 @@ def test_a_check_without_a_number_is_a_crash_and_an_idea_waits_for_no_check(clon
         clone.record()
         clone.sh(RUN, ok=False)
     assert [row[3] for row in clone.rows()[-3:]] == ["keep", "crash", "keep"]
-    assert f"baseline {base}, 2 of 3 fresh seeds: 1.001000 (0.999 to 1.003)\n" in clone.sh(CHECK)
+    assert f"baseline {base}, 2 of 3 fresh seeds: 1.001000 (0.999 to 1.003)\n" in clone.sh(CHECKED)
 
 
 def test_settings_and_locale_change_nothing(clone):

@@ -93,11 +93,13 @@ class Night(Clone):
         ]
         prepare.write_rows(prepare.open_night(), rows)
 
-    def wave(self, only=None, check=False):
+    def wave(self, only=None, check=False, veto=""):
         """Run, decide, record; what `record` prints."""
         self.start(only, check)
+        if check:  # also before the first of its jobs has begun
+            assert self.decide("decide check").startswith(("wait: ", "record: "))
         self.wait(lambda: not self.alive())
-        printed = self.decide("record")
+        printed = self.decide(f"record {veto}")
         assert "\nrecorded: " in printed, (printed, [self.log(i) for i in self.all])
         self.consistent()
         return printed
@@ -216,7 +218,9 @@ def test_every_fault_through_slurm(tmp_path, slurm, session_cache, monkeypatch):
     night.wait(lambda: not lives(night.pid(5)))  # else it may end by itself
     (night.folder / ".waves/go").touch()
     night.wait(lambda: not night.alive())
-    assert night.waiting() == ("run", [5, 6, 8], 3)
+    other = night.sh("cd / && sbatch --parsable --hold --output=/dev/null --wrap true").strip()
+    assert night.waiting() == ("run", [5, 6, 8], 3)  # a job of another folder is not waited for
+    slurm.run("scancel", other)
     night.start([5, 6, 8])
     night.wait(lambda: not night.alive())
     # A run that exceeded its time has no number. The slip is mended
@@ -316,9 +320,9 @@ def test_waves_without_slurm(tmp_path, session_cache):
     night.wait(lambda: not night.alive())
     assert night.waiting() == ("run", [2], 1)
     commits = {i: night.at(i) for i in night.all}
-    night.wave()
+    night.wave(veto=f"discard {commits[1]}")  # it costs more than the human allows, so the next best is kept
     assert [len(night.starts(commits[i])) for i in (2, 3)] == [2, 1]
-    assert [status for status, _ in night.statuses(2)] == ["crash", "keep", "discard", "discard"]
+    assert [status for status, _ in night.statuses(2)] == ["crash", "discard", "keep", "discard"]
     assert "wave 2: idea 4: ZeroDivisionError: division by zero" in (night.folder / "results.tsv").read_text()
 
 
