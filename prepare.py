@@ -1486,7 +1486,8 @@ def judge(rows, new, veto):
     """Say which of the new rows is kept, and by which bar; its status becomes keep."""
     facts = [(row["commit"], float(row["val_bpb"]), row["status"], row["description"]) for row in rows + new]
     limits = bars(facts)[0][len(rows) :]
-    _, head, margin, n = bars(facts[: len(rows)])
+    ideas = any(row["kind"] == "idea" for row in new)  # else the bar shown is that of the next idea
+    _, head, margin, n = bars(facts[: len(rows)] if ideas else facts)
     bar = f"keep below {head - margin * (1 - n / KEEP_WAVES):.6f}, simpler code below {head + margin:.6f}"
     bar = f"head {head:.6f}, margin {margin:.6f}, n {n}: {bar}"
     bar = f"no bar before {BASELINES} numbers of the baseline" if math.isnan(head) else bar
