@@ -1150,7 +1150,7 @@ def kept_commits(rows):
 # A run is NEW, then ALIVE, then ENDED. CUT_OFF: its supervisor has died, and so has the run. AGAIN: ended, but no good.
 
 BASELINES = 3  # runs of the baseline before the first idea, at least; with several GPUs one more
-CHECK_SEEDS = (100, 101, 102)  # seeds that had no part in the choice of what was kept
+CHECK_RUNS, CHECK_SEED = 3, 100  # of baseline and branch in a check; the lowest of its seeds, which no run had before
 GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before it is ended
 BEAT, WATCH = 3, 15  # seconds between two signs of life of a run; seconds without one after which it was cut off
 DECIDE_WAIT = 45  # seconds that `decide` waits for runs: many agents' shells end a command after a minute
@@ -1173,20 +1173,26 @@ def plan_runs(night, check=False):
 
     Baseline and check need several seeds: the first tree takes the first one that has no row, the second tree the
     second. So every job of a cluster finds its own without a word from the others, and the same one if it starts again.
-    A check that was begun is completed before other ideas run.
+    A check that was begun is completed before other ideas run. Each has a baseline of its own hour.
     """
     ran = {(row["commit"], row["seed"]) for row in night.rows}
     begun = [job for job, *_ in (read_run(tree, night.branch) for tree in night.trees) if job]
     start = next((job.commit for job in begun if job.kind == "baseline"), "HEAD")  # an idea may be on top already
     kept = kept_commits(night.rows) or [start]
     base, head = git("rev-parse", kept[0], kept[-1]).split()
-    checks = [Job(commit, "check", seed) for seed in CHECK_SEEDS for commit in dict.fromkeys([base, head])]
+    seeds = [row["seed"] for row in night.rows if (row["kind"], row["commit"]) == ("check", head[:7])]
+    first = min(seeds, default=1 + max([CHECK_SEED - 1, *(row["seed"] for row in night.rows)]))
+    seeds = range(first, first + CHECK_RUNS) if head != base else []
+    checks = [Job(commit, "check", seed) for seed in seeds for commit in (head, base)]
     unrecorded = [job.kind for job in begun if (job.commit[:7], job.seed) not in ran]
     in_check = check or "check" in [row["kind"] for row in night.rows[-1:]] + unrecorded
     jobs = checks if in_check else []
     if base == head and len(night.rows) < BASELINES + (len(night.trees) > 1):
         jobs = [Job(base, "baseline", seed) for seed in range(len(night.rows) + len(night.trees))]
     jobs = [job for job in jobs if (job.commit[:7], job.seed) not in ran]
+    for tree, job in plan_runs(night).items() if check else ():
+        if job.kind == "idea" and job == read_run(tree, night.branch)[0]:
+            raise PrepareError(f"{job.name(tree)} has no row: `uv run prepare.py decide` before a check")
     if jobs or check:
         return dict(zip(night.trees, jobs))
     if night.trees != [Path()] and (idea := find_idea(Path(), head)):
@@ -1261,9 +1267,6 @@ def start_runs(*words):
     load_manifest(cache_dir())  # if nothing is prepared, this says so
     night = open_night()
     chosen = [tree for tree in night.trees if not numbers or tree.name in numbers]
-    for tree, job in plan_runs(night).items() if check else ():
-        if job.kind == "idea" and job == read_run(tree, night.branch)[0]:
-            raise PrepareError(f"{job.name(tree)} has no row: `uv run prepare.py decide` before a check")
     plan = {tree: job for tree, job in plan_runs(night, check).items() if tree in chosen}
     found, started = look(night, plan, [ALIVE], WATCH), []
     with changing(night):
@@ -1442,8 +1445,8 @@ def decide(check=False, record=False, veto=()):
         if night.trees != [Path()]:
             row["description"] = f"wave {wave}: {row['description']}"
     commits = [row["commit"] for row in new]
-    if not {*veto} <= {"discard", *commits}:
-        raise PrepareError(f"{' '.join(veto)}: the runs that have no row are {some(commits) or 'none'}")
+    if new and not {*veto} <= {"discard", *commits}:  # none is new if a record goes on that was cut off
+        raise PrepareError(f"{' '.join(veto)}: the runs that have no row are {some(commits)}")
     judge(night.rows, new, veto)
     if record:
         with changing(night):
@@ -1473,12 +1476,14 @@ def describe(tree, job, state, run, rows):
 
 def report_check(rows):
     """Print what baseline and branch are worth. Returns the exit status."""
-    print("idea: the check is complete")
-    for name, commit in zip(("baseline", "branch"), (kept_commits(rows)[0], kept_commits(rows)[-1])):
-        checks = [row for row in rows if (row["commit"], row["kind"]) == (commit, "check")]
-        numbers = [float(row["val_bpb"]) for row in checks if row["status"] == "keep"]
+    kept, checks = kept_commits(rows), [row for row in rows if row["kind"] == "check"]
+    print("idea:", "the check is complete" if kept[1:] else "nothing was kept, so there is nothing to check")
+    seeds = {row["seed"] for row in checks if row["commit"] == kept[-1]}
+    for name, commit in [("baseline", kept[0]), ("branch", kept[-1])] * bool(kept[1:]):
+        found = [row for row in checks if row["commit"] == commit and row["seed"] in seeds]
+        numbers = [float(row["val_bpb"]) for row in found if row["status"] == "keep"]
         text = f"{statistics.mean(numbers):.6f} ({min(numbers)} to {max(numbers)})" if numbers else "no number"
-        print(f"{name} {commit}, {len(numbers)} of {len(checks)} fresh seeds: {text}")
+        print(f"{name} {commit}, {len(numbers)} of {len(found)} fresh seeds: {text}")
     return 0
 
 

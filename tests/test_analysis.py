@@ -152,6 +152,13 @@ def test_a_branch_that_was_checked_is_what_the_page_is_about(analyse):
     assert "baseline 1.000000 (2 runs) -> best 0.991750 (2 runs" in printed and "gain 0.008250" in printed
     assert "baseline 1.0000 → best 0.9918" in variables["fig"].axes[0].get_title(loc="left")
     assert variables["kept"]["score"].tolist() == pytest.approx([0.997, 0.99, 0.9865])
+    # Of two checks the last counts, also in the picture. A run without a number is no idea
+    later = "ccccccc 0.98; ccccccc 1.08 keep check; ccccccc 0 crash check; ba5e11e 1.1 keep check"
+    variables, printed = analyse(table(f"{both}; {later}"))
+    assert "baseline 1.100000 (1 runs) -> best 1.080000 (1 runs, #4 ccccccc" in printed
+    ax = variables["fig"].axes[0]
+    assert marks(variables["fig"])["on fresh seeds"] == [[1, 1.1], [3, 0.99175], [4, 1.08]] and ax.get_ylim()[1] > 1.1
+    assert "3 of 3 ideas kept" in ax.get_title(loc="left")
 
 
 def test_malformed_lines_are_counted_and_shown(analyse):

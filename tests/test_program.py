@@ -233,12 +233,12 @@ def test_a_night_in_small(clone):
     tried.append(clone.idea(0.6, "simpler: batch 2^8"))
     assert f"1234567: the runs that have no row are {tried[-1]}\n" in clone.record("discard 1234567")
     clone.record("discard")
-    assert clone.rows()[-1][3] == "discard"
+    assert clone.rows()[-1][3] == "discard" and "nothing to record" in clone.record(f"discard {tried[-1]}")
 
     # The check finds commits and seeds, three each, and moves no bar
     before, start = clone.decide(), CHECK
-    assert clone.sh(CHECKED) == f"run: check {base}, seed 100 has not started → {CHECK}\n"
-    for seed, commit in [(seed, commit) for seed in (100, 101, 102) for commit in (base, kept)]:
+    assert clone.sh(CHECKED) == f"run: check {kept}, seed 100 has not started → {CHECK}\n"
+    for seed, commit in [(seed, commit) for seed in (100, 101, 102) for commit in (kept, base)]:
         assert clone.run(start) == commit
         start = RUN  # it goes on until it is complete
         assert f"{commit}\t" in clone.record() and clone.rows()[-1][4].startswith(f"check, seed {seed}, ")
@@ -257,7 +257,7 @@ def test_a_night_in_small(clone):
     # After the night
     rows = clone.rows()
     assert rows[0] == ["commit", "val_bpb", "memory_gb", "status", "description"] and {len(row) for row in rows} == {5}
-    assert [row[0] for row in rows[1:]] == [base] * 3 + [kept, discarded, *tried] + [base, kept] * 3
+    assert [row[0] for row in rows[1:]] == [base] * 3 + [kept, discarded, *tried] + [kept, base] * 3
     assert "".join(row[3][0] for row in rows[1:]) == "kkkkdccccdkkkkkk"
     assert clone.sh("git status --porcelain -uno") == "" and clone.sh("git ls-files results.tsv run.*") == ""
     assert clone.sh("git log --format=%h -n 2").split() == [kept, base]
@@ -361,7 +361,6 @@ def test_what_is_refused(clone):
     assert "there is no .waves/7" in clone.sh(f"{RUN} 7 2>&1", ok=False)
     for words in ("run twice", "run 1 check", "decide x", "record x"):
         assert "`prepare.py run" in clone.sh(f"uv run prepare.py {words} 2>&1", ok=False)
-    assert "the runs that have no row are none" in clone.sh("uv run prepare.py record discard x 2>&1", ok=False)
     assert len(clone.rows()) == 4
 
 
@@ -435,15 +434,22 @@ def test_a_check_without_a_number_is_a_crash_and_an_idea_waits_for_no_check(clon
     clone.edit(1.0, "if seed == 101: raise ValueError('nan')")
     clone.sh("git switch -q -c autoresearch/t && git commit -qam start")
     base = baseline(clone)
+    assert clone.sh(CHECKED) == "idea: nothing was kept, so there is nothing to check\n"
     clone.idea(0.9, "slow", "time.sleep(1)")
-    assert "slow" not in clone.sh(f"{CHECK} 2>&1", ok=False) and "has no row" in clone.sh(f"{CHECK} 2>&1", ok=False)
-    clone.record("discard")
+    for words in (CHECK, CHECKED):
+        assert "has no row" in clone.sh(f"{words} 2>&1", ok=False)
+    clone.record()
     clone.run(CHECK)
-    for _ in range(3):
+    for _ in range(6):
         clone.record()
         clone.sh(RUN, ok=False)
-    assert [row[3] for row in clone.rows()[-3:]] == ["keep", "crash", "keep"]
+    assert [row[3] for row in clone.rows()[-6:]] == ["keep", "keep", "keep", "crash", "keep", "keep"]
     assert f"baseline {base}, 2 of 3 fresh seeds: 1.001000 (0.999 to 1.003)\n" in clone.sh(CHECKED)
+    # The next check has other seeds, and a baseline of its own hour
+    clone.idea(0.8, "better")
+    clone.record()
+    for commit in (clone.head(), base):
+        assert clone.run(CHECK) == commit and ", seed 103, " in clone.record()
 
 
 def test_settings_and_locale_change_nothing(clone):
