@@ -1444,9 +1444,10 @@ def decide(check=False, record=False, veto=()):
         row |= {"wave": wave, "page": page}
         if night.trees != [Path()]:
             row["description"] = f"wave {wave}: {row['description']}"
-    commits = [row["commit"] for row in new]
-    if new and not {*veto} <= {"discard", *commits}:  # none is new if a record goes on that was cut off
-        raise PrepareError(f"{' '.join(veto)}: the runs that have no row are {some(commits)}")
+    ideas = [row["commit"] for row in new if row["kind"] == "idea"]
+    known = {"discard", *ideas} if ideas else set()
+    if new and not known.issuperset(veto):  # none is new if a record goes on that was cut off
+        raise PrepareError(f"{' '.join(veto)}: the ideas that have no row are {some(ideas) or 'none'}")
     judge(night.rows, new, veto)
     if record:
         with changing(night):

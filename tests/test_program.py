@@ -231,7 +231,7 @@ def test_a_night_in_small(clone):
     assert 'run.py", line ' in clone.sh("cat run.log")  # where it hung
     # One that would be kept, but for the human's limits
     tried.append(clone.idea(0.6, "simpler: batch 2^8"))
-    assert f"1234567: the runs that have no row are {tried[-1]}\n" in clone.record("discard 1234567")
+    assert f"1234567: the ideas that have no row are {tried[-1]}\n" in clone.record("discard 1234567")
     clone.record("discard")
     assert clone.rows()[-1][3] == "discard" and "nothing to record" in clone.record(f"discard {tried[-1]}")
 
@@ -241,6 +241,7 @@ def test_a_night_in_small(clone):
     for seed, commit in [(seed, commit) for seed in (100, 101, 102) for commit in (kept, base)]:
         assert clone.run(start) == commit
         start = RUN  # it goes on until it is complete
+        assert "discard: the ideas that have no row are none" in clone.record("discard")
         assert f"{commit}\t" in clone.record() and clone.rows()[-1][4].startswith(f"check, seed {seed}, ")
     assert "has ended" in clone.sh(f"{CHECK} 2>&1", ok=False)
     assert clone.sh(CHECKED).splitlines() == [
