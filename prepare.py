@@ -1448,14 +1448,14 @@ def decide(check=False, record=False, veto=()):
     known = {"discard", *ideas} if ideas else set()
     if new and not known.issuperset(veto):  # none is new if a record goes on that was cut off
         raise PrepareError(f"{' '.join(veto)}: the ideas that have no row are {some(ideas) or 'none'}")
-    judge(night.rows, new, veto)
+    judge(night.rows, new, ideas if "discard" in veto else veto)
     if record:
         with changing(night):
             if new:
                 write_rows(night, new)
             follow(night, night.rows + new)
-        ideas, head = sum(row["kind"] == "idea" for row in night.rows + new), git("log", "-1", "--format=%h %s")[:100]
-        print(f"{'recorded' if new else 'nothing to record'}: {night.branch} has tried {ideas} ideas, and is at {head}")
+        tried, head = sum(row["kind"] == "idea" for row in night.rows + new), git("log", "-1", "--format=%h %s")[:100]
+        print(f"{'recorded' if new else 'nothing to record'}: {night.branch} has tried {tried} ideas, and is at {head}")
         if night.rows and page != night.rows[-1].get("page", page):
             print('note: program.md has changed since the last record: read its section "From the human" again')
     return 0
@@ -1477,10 +1477,14 @@ def describe(tree, job, state, run, rows):
 
 def report_check(rows):
     """Print what baseline and branch are worth. Returns the exit status."""
-    kept, checks = kept_commits(rows), [row for row in rows if row["kind"] == "check"]
-    print("idea:", "the check is complete" if kept[1:] else "nothing was kept, so there is nothing to check")
+    base, *kept = kept_commits(rows)
+    if not kept:
+        print("idea: nothing was kept, so there is nothing to check")
+        return 0
+    print("idea: the check is complete")
+    checks = [row for row in rows if row["kind"] == "check"]
     seeds = {row["seed"] for row in checks if row["commit"] == kept[-1]}
-    for name, commit in [("baseline", kept[0]), ("branch", kept[-1])] * bool(kept[1:]):
+    for name, commit in ("baseline", base), ("branch", kept[-1]):
         found = [row for row in checks if row["commit"] == commit and row["seed"] in seeds]
         numbers = [float(row["val_bpb"]) for row in found if row["status"] == "keep"]
         text = f"{statistics.mean(numbers):.6f} ({min(numbers)} to {max(numbers)})" if numbers else "no number"
@@ -1489,7 +1493,7 @@ def report_check(rows):
 
 
 def judge(rows, new, veto):
-    """Say which of the new rows is kept, and by which bar; its status becomes keep."""
+    """Say which of the new rows is kept, none of the commits in `veto`, and by which bar; its status becomes keep."""
     facts = [(row["commit"], float(row["val_bpb"]), row["status"], row["description"]) for row in rows + new]
     limits = bars(facts)[0][len(rows) :]
     ideas = any(row["kind"] == "idea" for row in new)  # else the bar shown is that of the next idea
@@ -1499,7 +1503,7 @@ def judge(rows, new, veto):
     bar = f"no bar before {BASELINES} numbers of the baseline" if math.isnan(head) else bar
     print(f"{'record' if new else 'idea'}: {bar}")
     passed = [row for row, limit in zip(new, limits) if row["status"] == "discard" and float(row["val_bpb"]) < limit]
-    passed = [row for row in passed if row["change"] <= MACHINE_TOLERANCE and not {"discard", row["commit"]} & {*veto}]
+    passed = [row for row in passed if row["change"] <= MACHINE_TOLERANCE and row["commit"] not in veto]
     passed.sort(key=lambda row: float(row["val_bpb"]))
     if passed:
         passed[0]["status"] = "keep"
