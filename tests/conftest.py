@@ -95,7 +95,7 @@ def float32(monkeypatch):
 def fresh_harness(monkeypatch):
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
     monkeypatch.delenv("SEED", raising=False)
-    prepare.forget_cache()
+    prepare.open_cache.cache_clear()
 
 
 def run_python(*arguments, cache=None, cwd=ROOT, timeout=120, **environment):

@@ -38,6 +38,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 GresTypes=gpu
 MpiDefault=none
+MessageTimeout=3
 ReturnToService=2
 KillWait=1
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=10000

@@ -19,16 +19,14 @@ from matplotlib.text import Annotation, Text
 NOTEBOOK = ROOT / "analysis.ipynb"
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 TWO = "ba5e11e 0.998; ba5e11e 0.996; "  # two runs of a baseline
-
-
-def row(commit, val_bpb, status="keep", description="an idea"):
-    return f"{commit}\t{val_bpb:.6f}\t44.0\t{status}\t{description}\n"
+CHECK = "keep check, seed 100"
 
 
 def table(text):
     """'ba5e11e 0.998; aaaaaaa 0.99 discard some words' -> a results.tsv. What is left out is 'keep an idea'."""
-    cells = [part.split(None, 3) for part in re.split("[;\n]", text) if part.strip()]
-    return HEADER + "".join(row(commit, float(score), *more) for commit, score, *more in cells)
+    rows = [part.split(None, 3) for part in re.split("[;\n]", text) if part.strip()]
+    rows = [[*cells, *["keep", "an idea"][len(cells) - 2 :]] for cells in rows]
+    return HEADER + "".join(f"{row[0]}\t{float(row[1]):.6f}\t44.0\t{row[2]}\t{row[3]}\n" for row in rows)
 
 
 def night(experiments, wave=0):
@@ -125,9 +123,9 @@ def test_three_columns_are_enough_and_fewer_are_said(analyse):
 def test_tables_of_other_projects_are_read_as_they_are_meant(analyse):
     words = "keep KEPT accepted best discarded reverted Rejected failed crashed unsure".split()
     lines = [f"{1 - i / 100}\t{word}\tidea {i}" for i, word in enumerate(words)]
-    for header, commits in (("", ["", "", ""]), ("commit\t", ["-\t"] * 3), ("commit\t", ["0123abc\t"] * 3)):
-        table = [f"{commits[0]}{line}" for line in lines]
-        variables, printed = analyse("\n".join([f"{header}val_bpb\tstatus\tdescription", *table]))
+    for header, commit in (("", ""), ("commit\t", "-\t"), ("commit\t", "0123abc\t")):
+        table = [f"{header}val_bpb\tstatus\tdescription", *(commit + line for line in lines)]
+        variables, printed = analyse("\n".join(table))
         assert "malformed" not in printed and "nothing was run twice" in printed
         outcomes = {"experiments": 10, "keep": 4, "discard": 3, "crash": 2, "unsure": 1}
         assert variables["outcomes"].iloc[0].to_dict().items() >= outcomes.items()
@@ -140,20 +138,20 @@ def test_tables_of_other_projects_are_read_as_they_are_meant(analyse):
 
 def test_a_branch_that_was_checked_is_what_the_page_is_about(analyse):
     """A lucky number before it, or the one that it was kept for, is not."""
-    checks = "; ".join(f"bbbbbbb {value} keep check, seed {seed}" for seed, value in ((100, 0.992), (101, 0.9915)))
+    checks = "bbbbbbb 0.992 keep check, seed 100; bbbbbbb 0.9915 keep check, seed 101"
     variables, printed = analyse(table(f"{TWO} aaaaaaa 0.99; bbbbbbb 0.9865; {checks}"))
     assert "-> best 0.991750 (2 runs, #3 bbbbbbb: an idea)\n  gain 0.005250" in printed
     assert "three fresh seeds" not in printed and "done on 2 fresh seeds" in printed
     assert "→ best 0.9918" in variables["fig"].axes[0].get_title(loc="left")
     assert "#3 an idea" in [note.get_text() for note in annotations(variables["fig"])]
     # Baseline and branch are compared in the check's hour, the ideas in the night's.
-    both = f"{TWO} aaaaaaa 0.99; bbbbbbb 0.9865; {checks}; ba5e11e 0.999 keep check; ba5e11e 1.001 keep check"
+    both = f"{TWO} aaaaaaa 0.99; bbbbbbb 0.9865; {checks}; ba5e11e 0.999 {CHECK}; ba5e11e 1.001 {CHECK}"
     variables, printed = analyse(table(both))
     assert "baseline 1.000000 (2 runs) -> best 0.991750 (2 runs" in printed and "gain 0.008250" in printed
     assert "baseline 1.0000 → best 0.9918" in variables["fig"].axes[0].get_title(loc="left")
     assert variables["kept"]["score"].tolist() == pytest.approx([0.997, 0.99, 0.9865])
     # Of two checks the last counts, also in the picture. A run without a number is no idea
-    later = "ccccccc 0.98; ccccccc 1.08 keep check; ccccccc 0 crash check; ba5e11e 1.1 keep check"
+    later = f"ccccccc 0.98; ccccccc 1.08 {CHECK}; ccccccc 0 crash check, seed 101; ba5e11e 1.1 {CHECK}"
     variables, printed = analyse(table(f"{both}; {later}"))
     assert "baseline 1.100000 (1 runs) -> best 1.080000 (1 runs, #4 ccccccc" in printed
     ax = variables["fig"].axes[0]
@@ -163,17 +161,17 @@ def test_a_branch_that_was_checked_is_what_the_page_is_about(analyse):
 
 def test_malformed_lines_are_counted_and_shown(analyse):
     bad = {
-        "just words\n": "no status",
-        row("bbbbbbb", 0.0, "keep"): "kept without a number above 0",
-        row("", 0.97): "no commit",
-        "ddddddd\t0.9x\t44.0\tbest\tx\n": "val_bpb is no number",
-        "fffffff\tinf\t44.0\tkeep\tx\n": "kept without a number above 0",
+        "just words": "no status",
+        "bbbbbbb\t0.000000\t44.0\tkeep\tx": "kept without a number above 0",
+        "\t0.97\t44.0\tkeep\tx": "no commit",
+        "ddddddd\t0.9x\t44.0\tbest\tx": "val_bpb is no number",
+        "fffffff\tinf\t44.0\tkeep\tx": "kept without a number above 0",
         "ggggggg\t0.9": "no status",  # a torn line
     }
-    _, printed = analyse(HEADER + row("ba5e11e", 0.998) + "\n" + row("ba5e11e", 0.996) + "".join(bad))
+    _, printed = analyse(table(TWO) + "\n" + "\n".join(bad))
     assert f"results.tsv: 2 runs\n  {len(bad)} malformed" in printed
-    for number, (line, reason) in enumerate(bad.items(), start=5):  # the header, a good line, an empty and a good one
-        assert f"line {number}: {reason}: {line.rstrip(chr(10))!r}" in printed
+    for number, (line, reason) in enumerate(bad.items(), start=5):  # the header, two good lines and an empty one
+        assert f"line {number}: {reason}: {line!r}" in printed
 
 
 def test_crashes_and_discards_never_win_and_never_are_the_baseline(analyse):
@@ -202,7 +200,7 @@ def test_repeats_are_averaged_and_give_the_noise(analyse):
     assert "on seeds that it was not chosen by: ± 0.001333" in printed
     assert "identical to the last digit" in analyse(table("ba5e11e 0.998; ba5e11e 0.998; aaaaaaa 0.99"))[1]
     # The check's runs are of another hour, when the machine was slower: variance 2 (1 degree) of their own.
-    variables, _ = analyse(table(f"{text}; ba5e11e 0.983 keep check; ba5e11e 0.985 keep check"))
+    variables, _ = analyse(table(f"{text}; ba5e11e 0.983 {CHECK}; ba5e11e 0.985 {CHECK}"))
     assert variables["outcomes"].iloc[0, -2:].tolist() == pytest.approx([1.5**0.5 * 1e-3, 4])
 
 
@@ -274,7 +272,7 @@ def test_one_bad_run_does_not_blow_up_the_picture(analyse):
 
 def test_points_lines_and_band_are_where_the_numbers_are(analyse):
     # By hand: the baseline's mean is 0.997, its sd 0.001, M = 0.0015, and after one discard M * 49/50 = 0.00147.
-    variables, _ = analyse(table(f"{TWO} ba5e11e 0.997; aaaaaaa 0.996 discard; bbbbbbb 0.99; bbbbbbb 0.993 keep check"))
+    variables, _ = analyse(table(f"{TWO} ba5e11e 0.997; aaaaaaa 0.996 discard; bbbbbbb 0.99; bbbbbbb 0.993 {CHECK}"))
     points, mean = marks(variables["fig"]), pytest.approx(0.997)
     assert points["kept"] == [[1, mean], [3, 0.99]]  # the number that it was kept for, not the mean
     assert points["discarded"] == [[2, 0.996]] and points["best so far"] == [[1, mean], [3, 0.99], [3.5, 0.99]]
@@ -347,7 +345,7 @@ def test_beside_its_repository_the_diffs_are_shown(analyse, tmp_path, monkeypatc
         done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and "\n@@ " in done.stdout
     third = commit(tmp_path, "a harness of its own", "prepare.py")
-    _, printed = analyse(table(f"{text}; {third} 0.5; {third} 0.5 keep check, seed 100"))
+    _, printed = analyse(table(f"{text}; {third} 0.5; {third} 0.5 {CHECK}"))
     for words in ("(2 files, +2 −2)", "changes more than train.py: prepare.py", "done on 1 fresh seeds"):
         assert words in printed
     monkeypatch.setenv("PATH", "")  # without git nothing but the diffs is missing

@@ -1,9 +1,7 @@
-"""The evidence for the rule of `prepare.bars`: a seeded simulation of whole nights (lower val_bpb is better).
+"""The evidence for the rule of `prepare.next_bar`: a seeded simulation of whole nights (lower val_bpb is better).
 
-Of each wave of K runs (on one GPU a wave is one run)
-
-    the best is kept if val_bpb < head - margin * (1 - n / KEEP_WAVES)
-    the others below the bar are added together: one idea of the next wave
+Of each wave of K runs (on one GPU a wave is one run) the best below the bar is kept. The others below it are added
+together: one idea of the next wave.
 
 The margin keeps luck out. But a kept run was lucky too: `head` is too low by about 0.6 sd, and real gains go
 unseen. So the bar rises while nothing is kept. The margin need not know K: more runs bring more luck, but also
@@ -17,7 +15,7 @@ import math
 import numpy as np
 import pytest
 
-from prepare import KEEP_MARGIN, KEEP_WAVES, bars
+from prepare import KEEP_MARGIN, KEEP_WAVES, Row, next_bar
 
 RUNS = 100  # five-minute runs in a night on one GPU, the baselines included
 HARM, NOTHING, SMALL, LARGE = MIXTURE = (0.60, 0.25, 0.10, 0.05)
@@ -37,9 +35,7 @@ class Nights:
     simpler    the share of ideas that only remove something: their effect is small, and their bar is head + margin
     """
 
-    def __init__(
-        self, K=1, waves=RUNS, count=20_000, seed=0, mixture=MIXTURE, idle=False, added=1.0, variants=False, simpler=0.0
-    ):
+    def __init__(self, K=1, waves=RUNS, count=20_000, seed=0, mixture=MIXTURE, added=1.0, variants=False, simpler=0.0):
         rng, self.K, self.added = np.random.default_rng(seed), K, added
         self.baselines = rng.normal(size=({1: 3, 2: 4, 3: 6}.get(K, K), count))
         runs, _ = shape = (K * waves - len(self.baselines), count)
@@ -47,7 +43,7 @@ class Nights:
         kind = rng.choice(4, size=shape, p=mixture)
         harm = np.abs(rng.normal(0, 4, shape))
         small, large = rng.uniform(0.5, 2, shape), rng.uniform(2, 8, shape)
-        effect = np.select([kind == 0, kind == 2, kind == 3], [harm, -small, -large], 0.0) * (not idle)
+        effect = np.select([kind == 0, kind == 2, kind == 3], [harm, -small, -large], 0.0)
         self.simpler = rng.random(shape) < simpler
         effect = np.where(self.simpler, rng.normal(0, 0.5, shape), effect)
         self.family = np.repeat(np.arange(runs)[:, None], count, axis=1)  # the first idea of each idea's family
@@ -94,6 +90,10 @@ def play(nights, c=KEEP_MARGIN, rise=KEEP_WAVES, start=np.mean):
         yield scores, simpler, passed, totals
 
 
+def row(commit, value, status, description, wave):
+    return Row(commit, value, 0.0, status, description, 0, wave, "", "", "")
+
+
 def after_waves(nights, **rule):
     """The totals after each wave, those of the baselines included."""
     baselines = [np.zeros(5)] * (len(nights.baselines) // nights.K)
@@ -110,7 +110,7 @@ def race(K, target, **ideas):
 
 def null_keeps(K, count=6_000, **rule):
     """Keeps in 100 waves of ideas that do nothing."""
-    return after_waves(Nights(K, 100, count, seed=1, idle=True), **rule)[-1, 1]
+    return after_waves(Nights(K, 100, count, seed=1, mixture=(0, 1, 0, 0)), **rule)[-1, 1]
 
 
 GREEDY = dict(c=0)  # keep if lower
@@ -183,70 +183,65 @@ def test_prepare_decides_as_the_simulation_does(K):
     nights = Nights(K, 100 // K + 10, 8, mixture=LEAN, simpler=0.1)
     waves = list(play(nights))
     for night in range(8):
-        wave = "wave {}: ".format if K > 1 else "".format
-        rows = [
-            ("ba5e11e", value, "keep", f"{wave(1 + i // K)}baseline, seed {i}")
-            for i, value in enumerate(nights.baselines[:, night])
-        ]
+        baselines = enumerate(nights.baselines[:, night])
+        rows = [row("ba5e11e", value, "keep", f"baseline, seed {i}", 1 + i // K) for i, value in baselines]
         for number, (scores, simpler, passed, _) in enumerate(waves, 1 + len(rows) // K):
             facts = zip(range(K), scores[:, night], np.where(simpler[:, night], "simpler: less", "an idea"))
-            new = [(f"{number}-{i}", value, "discard", wave(number) + text) for i, value, text in facts]
-            below = [row[1] < bar for row, bar in zip(new, bars(rows + new)[0][-K:])]
-            assert below == passed[:, night].tolist()
-            best = min((row for row, passes in zip(new, below) if passes), key=lambda row: row[1], default=None)
-            rows += [(*row[:2], "keep", row[3]) if row is best else row for row in new]
+            new = [row(f"{number}-{i}", value, "discard", text, number) for i, value, text in facts]
+            below = [run for run in new if run.val_bpb < next_bar(rows).of(run)]
+            assert below == [run for run, passes in zip(new, passed[:, night]) if passes]
+            best = min(below, key=lambda run: run.val_bpb, default=None)
+            rows += [run._replace(status="keep") if run is best else run for run in new]
 
 
-# commit, val_bpb, status, the bar by hand, description
+# wave, commit, val_bpb, status, the bar by hand, description
 ONE_GPU = """
-ba5e  1.000  keep     nan      baseline, seed 0
-ba5e  0      crash    nan      baseline, seed 1: has no number
-ba5e  1.004  keep     nan      baseline, seed 1: head 1.002, margin 0.003
-ba5e  1.002  keep     nan      baseline, seed 2
-a     0.9992 discard  0.999    idea
-ba5e  0.9    keep     nan      baseline, seed 3: too late to move the bar
-b     0      crash    0.99906  idea, which says nothing about the number
-c     0.999  keep     0.99906  check whether an idea may be described so
-c     0.9    keep     nan      check, seed 100
-d     1.0019 keep     1.002    simpler: worse, and head stays at 0.999
-e     0.998  discard  0.996    idea
-f     0.99   keep     1.002    simpler: better
-g     0.985  keep     0.987    checkpoint activations
+1  ba5e  1.000  keep     nan      baseline, seed 0
+2  ba5e  0      crash    nan      baseline, seed 1: has no number
+3  ba5e  1.004  keep     nan      baseline, seed 1: head 1.002, margin 0.003
+4  ba5e  1.002  keep     nan      baseline, seed 2
+5  a     0.9992 discard  0.999    idea
+6  ba5e  0.9    keep     nan      baseline, seed 3: too late to move the bar
+7  b     0      crash    0.99906  idea, which says nothing about the number
+8  c     0.999  keep     0.99906  check whether an idea may be described so
+9  c     0.9    keep     nan      check, seed 100
+10 d     1.0019 keep     1.002    simpler: worse, and head stays at 0.999
+11 e     0.998  discard  0.996    idea
+12 f     0.99   keep     1.002    simpler: better
+13 g     0.985  keep     0.987    checkpoint activations
 """
 WAVES = """
-ba5e  1.003  keep     nan      wave 1: baseline, seed 0: head 1, margin 0.003
-ba5e  0.999  keep     nan      wave 1: baseline, seed 1
-ba5e  0.999  keep     nan      wave 1: baseline, seed 2
-ba5e  0.999  keep     nan      wave 1: baseline, seed 3
-a     0.998  discard  0.997    wave 2: idea
-b     0.999  discard  0.997    wave 2: idea, in the same wave
-c     0.995  keep     0.99706  wave 3: idea
-d     0.996  keep     0.99706  wave 3: idea, which was kept by hand
-e     0      crash    0.992    wave 4: idea, and no other
-f     0.993  discard  0.992    wave 5: idea
-g     0.999  discard  0.998    wave 5: simpler
-ba5e  0.9    keep     nan      check, seed 100
+1  ba5e  1.003  keep     nan      baseline, seed 0: head 1, margin 0.003
+1  ba5e  0.999  keep     nan      baseline, seed 1
+1  ba5e  0.999  keep     nan      baseline, seed 2
+1  ba5e  0.999  keep     nan      baseline, seed 3
+2  a     0.998  discard  0.997    idea
+2  b     0.999  discard  0.997    idea, in the same wave
+3  c     0.995  keep     0.99706  idea
+3  d     0.996  keep     0.99706  idea, which was kept by hand
+4  e     0      crash    0.992    idea, and no other
+5  f     0.993  discard  0.992    idea
+5  g     0.999  discard  0.998    simpler
+6  ba5e  0.9    keep     nan      check, seed 100
 """
-BASELINE = ONE_GPU.splitlines()[1:5]
+BASELINE = ONE_GPU.strip().splitlines()[:4]
+FRUITLESS = [f"{5 + i} {i} 1.1 discard {1.002 - 0.003 * max(50 - i, 0) / 50} idea" for i in range(80)]
+NIGHTS = {  # lines, and the bar after them
+    "one GPU": (ONE_GPU.strip().splitlines(), (0.985, 0.003, 0)),
+    "waves": (WAVES.strip().splitlines(), (0.995, 0.003, 1)),
+    "fruitless": ([*BASELINE, *FRUITLESS], (1.002, 0.003, 50)),
+    "two baselines": ([*BASELINE[:3], "4 a 0.9 discard nan idea"], (math.nan, math.nan, 0)),
+}
 
 
-@pytest.mark.parametrize(
-    ("night", "after"),
-    [
-        (ONE_GPU.splitlines()[1:], (0.985, 0.003, 0)),
-        (WAVES.splitlines()[1:], (0.995, 0.003, 1)),
-        (
-            [*BASELINE, *[f"{i} 1.1 discard {1.002 - 0.003 * max(50 - i, 0) / 50} idea" for i in range(80)]],
-            (1.002, 0.003, 50),
-        ),
-        ([*BASELINE[:3], "a 0.9 discard nan idea"], (math.nan, math.nan, 0)),
-    ],
-)
-def test_bars_by_hand(night, after):
-    rows = [line.split(None, 4) for line in night]
-    found, *rest = bars([(commit, float(value), status, text) for commit, value, status, _, text in rows])
-    assert found == pytest.approx([float(bar) for *_, bar, _ in rows], nan_ok=True)
-    assert rest == pytest.approx(after, nan_ok=True)
+@pytest.mark.parametrize(("lines", "after"), NIGHTS.values(), ids=NIGHTS)
+def test_bars_by_hand(lines, after):
+    cells = [line.split(None, 5) for line in lines]
+    rows = [row(commit, float(value), status, text, int(wave)) for wave, commit, value, status, _, text in cells]
+    for run, (*_, bar, _) in zip(rows, cells):
+        before = [other for other in rows if other.wave < run.wave]
+        assert next_bar(before).of(run) == pytest.approx(float(bar), nan_ok=True), run
+    assert next_bar(rows)[:3] == pytest.approx(after, nan_ok=True)
 
 
 if __name__ == "__main__":
@@ -264,9 +259,8 @@ if __name__ == "__main__":
         gain, keeps, useless, *_ = after_waves(Nights(), **rule)[-1]
         shares = f"{gain / greed:12.1%} {keeps:6.1f} {useless / keeps:8.1%} {null_keeps(1, **rule):16.2f}"
         print(f"{name:36} {gain:5.2f}{shares}")
-    print(
-        "\nkeeps in a null night of 100 waves:", *(f"{K} GPUs {null_keeps(K, 500):.2f}" for K in (2, 8, 16)), sep="  "
-    )
+    keeps = (f"{K} GPUs {null_keeps(K, 500):.2f}" for K in (2, 8, 16))
+    print("\nkeeps in a null night of 100 waves:", *keeps, sep="  ")
     for name, ideas in STRESS.items():
         gain, keeps, useless, *_ = after_waves(Nights(**ideas))[-1]
         print(f"\n{name}; one GPU gains {gain:.2f} in 100 runs, {useless / keeps:.1%} of its keeps are useless")

@@ -3,29 +3,28 @@
 import json
 import math
 import os
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import run_python, train_step
+from conftest import run_python
 from test_loader import arrives_as_packed
-from test_model import reference
+from test_model import BFLOAT16, check, reference
 from test_training import check_that_the_warm_up_leaves_no_trace
 
 import prepare
 import train
 
+HAS_GPU = torch.cuda.is_available() and prepare.bfloat16_works(torch.device("cuda"))
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or not prepare.bfloat16_works(torch.device("cuda")),
-        reason="needs a CUDA GPU of compute capability 8 or more",
-    ),
+    pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU of compute capability 8 or more"),
     pytest.mark.timeout(900),  # a compiler is at work
 ]
 CUDA, VISIBLE = torch.device("cuda"), os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+T, D = 256, 128
+WINDOWS = (0, 1, 17, T // 2, T - 1, T)
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +32,6 @@ def nothing_compiled():
     torch.compiler.reset()
     yield
     torch.cuda.empty_cache()
-
-
-# -----------------------------------------------------------------------------
-# Attention
-
-T, D = 256, 128
-WINDOWS = (0, 1, 17, T // 2, T - 1, T)
 
 
 def kernel(name):
@@ -57,28 +49,17 @@ def kernel(name):
 @pytest.mark.parametrize("name", ["sdpa", "flex", "fa3"])
 def test_attention_kernel_against_float64(name, n_kv_head):
     attention = kernel(name)
-    torch.manual_seed(0)
-    leaves = [
-        torch.randn(2, T, heads, D, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
-        for heads in (4, n_kv_head, n_kv_head)
-    ]
-    above = torch.randn(2, T, 4, D, device=CUDA, dtype=torch.bfloat16)
-    # bfloat16 keeps 8 bits: inputs and results of order 1 to 4 are off by up to 2^-7, weights are rounded too. One key
-    # more or less changes some output by more than 0.1 where the window is shorter than 100 keys.
-    tolerance = dict(atol=0.03, rtol=0.02)
     for window in WINDOWS:
-        got, wanted = attention(*leaves, window), reference(*leaves, window)
-        assert got.shape == wanted.shape and got.dtype == torch.bfloat16
-        torch.testing.assert_close(got.double(), wanted, **tolerance)
-        for one, other in zip(torch.autograd.grad(got, leaves, above), torch.autograd.grad(wanted, leaves, above)):
-            torch.testing.assert_close(one.double(), other.double(), **tolerance)
-    off_by_one = reference(*leaves, 18)
-    assert (off_by_one - reference(*leaves, 17)).abs().max() > 0.1
+        check(attention, n_kv_head, window, BFLOAT16, torch.bfloat16, size=(T, D), device=CUDA)
 
 
-# -----------------------------------------------------------------------------
-# Whole runs: the real model, loader, clock and evaluation, small
+def test_one_key_more_or_less_is_beyond_that_tolerance():
+    torch.manual_seed(0)  # where the window is shorter than 100 keys
+    q, k, v = (torch.randn(2, T, 4, D, dtype=torch.bfloat16) for _ in range(3))
+    assert (reference(q, k, v, 18) - reference(q, k, v, 17)).abs().max() > 0.1
 
+
+# A whole run: the real model, loader, clock and evaluation, small
 WATCHED_RUN = """
 import time
 began = time.monotonic()
@@ -91,46 +72,37 @@ seen, warm_up = {}, train.warm_up
 
 def watched_warm_up(*arguments):
     batch_size = warm_up(*arguments)
-    seen["graphs"] = counters["stats"]["unique_graphs"]
+    seen["warm_graphs"] = counters["stats"]["unique_graphs"]
     return batch_size
 
 def report(val_bpb, **values):
-    print(json.dumps(values | {
-        "val_bpb": val_bpb,
-        "warm_graphs": seen["graphs"],
-        "graphs": counters["stats"]["unique_graphs"],
-        "compiled": counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"],
-        "expandable": all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()),
-        "seconds_outside": time.monotonic() - began - prepare.clock.seconds(),
-    }))
+    seen["graphs"] = counters["stats"]["unique_graphs"]
+    seen["compiled"] = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]
+    seen["expandable"] = all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+    seen["seconds_outside"] = time.monotonic() - began - prepare.clock.seconds()
+    print(json.dumps(dict(values, val_bpb=val_bpb, **seen)))
 
 train.warm_up, prepare.report = watched_warm_up, report
 train.main()
 """
 
 
-def watched_run(cache, compiler_cache):
-    environment = dict(CUDA_VISIBLE_DEVICES=VISIBLE, TORCHINDUCTOR_CACHE_DIR=str(compiler_cache))
-    done = run_python("-c", WATCHED_RUN, cache=cache, timeout=600, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_the_first_run_on_a_machine_and_the_second(session_cache, tmp_path):
-    first, second = runs = [watched_run(session_cache, tmp_path) for _ in range(2)]
+    environment, runs = dict(CUDA_VISIBLE_DEVICES=VISIBLE, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)), []
+    for _ in range(2):
+        done = run_python("-c", WATCHED_RUN, cache=session_cache, timeout=600, **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        print(done.stdout)
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
     for run in runs:
         assert run["graphs"] == run["warm_graphs"] > 3  # nothing is compiled after the warm-up, evaluation included
         assert run["attention"] in ("fa3", "flex") and run["expandable"]
         assert run["num_steps"] > 20 and 0.1 < run["val_bpb"] < 4
+    first, second = runs
     assert first["compiled"] > 0 and second["compiled"] == 0  # from the compiler's cache
     assert second["seconds_outside"] < first["seconds_outside"]
     # the same seed and weights: atomic additions in the kernels and the clock make the difference
     assert first["val_bpb"] == pytest.approx(second["val_bpb"], rel=0.05)
-
-
-# -----------------------------------------------------------------------------
-# Warm-up and memory
 
 
 def test_the_warm_up_leaves_no_trace():
@@ -173,10 +145,6 @@ def test_the_model_fits_into(gigabytes):
     assert found["batch_size"] == config.DEVICE_BATCH_SIZE >> done.stdout.count("out of memory with")  # halved
 
 
-# -----------------------------------------------------------------------------
-# Precision
-
-
 def learnable_batches(V, T, rows):
     """Batches in which nine of ten tokens follow from the two before them."""
     rng = torch.Generator().manual_seed(1)
@@ -189,18 +157,12 @@ def learnable_batches(V, T, rows):
         yield x[:, :-1].to(CUDA), x[:, 1:].to(CUDA), 1
 
 
-def learning_curve(config, V, T, steps, embeddings):
-    """The loss of each step, with embeddings of that type."""
-    torch.manual_seed(0)
-    with CUDA:
-        model = train.GPT(config, V, T, train.sdpa_attention)
-    for embedding in (model.wte, *model.value_embeds.values()):
-        embedding.to(embeddings)
-    optimizer, curve = train.make_optimizer(model, config), []
+def learning_curve(config, V, T, steps):
+    run, curve = train.Run(config, V, T, CUDA, train.sdpa_attention, compiled=lambda function: function), []
     loader = learnable_batches(V, T, config.TOTAL_BATCH_SIZE // T)
     for step in range(steps):
-        train.set_schedules(optimizer, config, step / steps, step)
-        curve.append(train_step(model, optimizer, loader, 1).item())
+        train.set_schedules(run.optimizer, config, step / steps, step)
+        curve.append(run.step(loader, 1).item())
     return curve
 
 
@@ -210,19 +172,16 @@ def test_bfloat16_learns_as_much_as_float32(monkeypatch):
     The mean loss of the last 50 steps agrees to 2 % of what was learned, and more than 1 nat was learned. This finds
     only large faults: a sum or an optimizer state for which 16 bits are too few.
     """
+    torch.manual_seed(0)  # every Run starts with it
     config = replace(train.FULL, DEPTH=4, HEAD_DIM=64, TOTAL_BATCH_SIZE=16 * 256)
-    half = learning_curve(config, 512, 256, 300, torch.bfloat16)
-    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
-    full = learning_curve(config, 512, 256, 300, torch.float32)
+    half = learning_curve(config, 512, 256, 300)
+    monkeypatch.setattr(train, "computes_in_bfloat16", lambda device: False)
+    full = learning_curve(config, 512, 256, 300)
     ends = [sum(curve[-50:]) / 50 for curve in (half, full)]
     learned = math.log(512) - ends[1]
     print(f"bfloat16 {ends[0]:.4f}, float32 {ends[1]:.4f}, learned {learned:.3f} nats")
     assert half != full and learned > 1
     assert abs(ends[0] - ends[1]) < 0.02 * learned
-
-
-# -----------------------------------------------------------------------------
-# Loader
 
 
 def test_a_slow_stream_is_never_overtaken():

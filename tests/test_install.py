@@ -1,7 +1,5 @@
 """Another build of PyTorch: the README's commands install it from an index (on loopback), and nothing takes it back."""
 
-import functools
-import http.server
 import os
 import re
 import shutil
@@ -9,6 +7,8 @@ import subprocess
 import sys
 import threading
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -37,11 +37,6 @@ def make_wheel(index, name, version, needs=""):
         wheel.writestr(f"{info}/RECORD", "")
 
 
-class Index(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def bash(tmp_path):
     """Runs a script in a project that has our pyproject.toml, with PyTorch as its only requirement."""
@@ -50,13 +45,11 @@ def bash(tmp_path):
     make_wheel(tmp_path / "default", "triton", "3.5.1")
     make_wheel(tmp_path / "amd", "torch", BUILD, "pytorch-triton-rocm")
     make_wheel(tmp_path / "amd", "pytorch-triton-rocm", "3.5.1")
-
     project = tmp_path / "project"
     project.mkdir()
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (project / "pyproject.toml").write_text(re.sub(r'^    "(?!torch==).*\n', "", pyproject, flags=re.M))
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Index, directory=tmp_path)) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         # Nothing of this process's environment, so that uv cannot reach the packages that run the test

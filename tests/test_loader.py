@@ -34,18 +34,15 @@ def slow_rows(tokens, T, passes):
         yield row
 
 
-def make_documents(seed, count, longest):
-    """`count` documents of 2 to `longest` tokens, no two of them the same list."""
+def make_tokens(seed, count, longest):
+    """The tokens of `count` documents of 2 to `longest` tokens."""
     rng = random.Random(seed)
-    return [[0] + [rng.randrange(1, 500) for _ in range(rng.randint(1, longest - 1))] for _ in range(count)]
+    documents = [[0] + [rng.randrange(1, 500) for _ in range(rng.randint(1, longest - 1))] for _ in range(count)]
+    return np.array([*chain(*documents)], np.uint16)
 
 
 def split_documents(tokens):
     return np.split(tokens, np.flatnonzero(tokens == tokens[0])[1:])
-
-
-def as_file(documents):
-    return np.array([*chain(*documents)], np.uint16)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +50,7 @@ def as_file(documents):
     [(3000, 40, 64), (3000, 40, 16), (1500, 500, 64), (1200, 3, 10), (20, 30, 25), (1, 5, 7), (1, 50, 7), (5000, 9, 1)],
 )
 def test_rows_are_those_of_the_slow_packer(count, longest, T):
-    documents = make_documents(count, count, longest)
-    tokens = as_file(documents)
+    tokens = make_tokens(count, count, longest)
     B, steps = 5, 30
     loader = prepare.batches(tokens, B, T, torch.device("cpu"))
     rows_of_pieces = slow_rows(tokens, T, passes=10**9)
@@ -78,34 +74,28 @@ def test_rows_of_many_documents_are_those_of_the_slow_packer(sigma):
 def test_a_worked_example():
     # Rows of 6: the longest that fits 6 is 5 long; then 1 is left, which no document fits, so the shortest is cropped.
     documents = [[0, 11, 12], [0, 21, 22, 23, 24, 25, 26, 27], [0, 31, 32, 33, 34], [0, 41]]
-    tokens = as_file(documents)
+    tokens = np.array([*chain(*documents)], np.uint16)
     rows = [row for row, _ in prepare.pack_rows(tokens, 5, forever=False)]
     assert rows == [[(11, 5), (16, 1)], [(0, 3), (3, 3)]]  # (start, length)
 
 
 def test_epochs_count_passes():
-    tokens = as_file(make_documents(2, 3000, 20))
+    tokens = make_tokens(2, 3000, 20)
     seen = [epoch for _, _, epoch in islice(prepare.batches(tokens, 4, 32, torch.device("cpu")), 600)]
     per_epoch = len(tokens) / (4 * 33)  # batches, cropped tokens aside
     assert seen[0] == 1 and seen == sorted(seen)
     assert seen[-1] == pytest.approx(600 / per_epoch, abs=1.2)
 
 
-def test_a_batch_handed_out_never_changes(cache):
-    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 64, "train")
-    kept = []
-    for x, y, _ in islice(loader, 60):
-        kept.append((x, y, x.clone(), y.clone()))
-    time.sleep(0.2)  # the thread goes on filling
-    assert all(torch.equal(x, x_then) and torch.equal(y, y_then) for x, y, x_then, y_then in kept)
-
-
-def test_the_same_batches_every_time(cache):
+def test_the_batches_are_the_same_every_time_and_never_change(cache):
     tokenizer = prepare.Tokenizer.from_directory()
-    one, two = (prepare.make_dataloader(tokenizer, 4, 64, "train") for _ in range(2))
-    assert all(torch.equal(a, b) for (a, _, _), (b, _, _) in islice(zip(one, two), 50))
-    other = next(prepare.make_dataloader(tokenizer, 4, 64, "val"))
-    assert not torch.equal(next(one)[0], other[0])
+    one, two, val = (prepare.make_dataloader(tokenizer, 4, 64, split) for split in ("train", "train", "val"))
+    kept = [(x, y, x.clone(), y.clone()) for x, y, _ in islice(one, 60)]
+    time.sleep(0.2)  # the thread goes on filling
+    for (x, y, x_then, y_then), (x_again, y_again, _) in zip(kept, two):
+        assert torch.equal(x, x_then) and torch.equal(y, y_then)
+        assert torch.equal(x, x_again) and torch.equal(y, y_again)
+    assert not torch.equal(kept[0][0], next(val)[0])
 
 
 def test_impossible_shapes_are_refused(cache):
@@ -118,13 +108,9 @@ def test_impossible_shapes_are_refused(cache):
         prepare.make_dataloader(foreign, 1, 8, "train")
 
 
-# -----------------------------------------------------------------------------
-# Other devices
-
-
 def arrives_as_packed(device, delay=lambda: None, steps=30):
     """Whether the batches on a device are those on the CPU. `delay` is called once the first batches are there."""
-    tokens = as_file(make_documents(3, 3000, 50))
+    tokens = make_tokens(3, 3000, 50)
     expected = islice(prepare.batches(tokens, 8, 64, torch.device("cpu")), steps)
     loader = prepare.batches(tokens, 8, 64, device)
     arrived = list(islice(loader, prepare.PREFETCH))

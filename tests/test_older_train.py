@@ -8,30 +8,22 @@ from conftest import ROOT, run_python
 
 OLDER = """
 import time
-
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-
 from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, make_dataloader, evaluate_bpb, get_token_bytes
 
-
-class Bigram(nn.Module):
-    def __init__(self, vocab_size):
-        super().__init__()
-        self.table = nn.Embedding(vocab_size, vocab_size)
-
+class Bigram(nn.Embedding):
     def forward(self, idx, targets=None, reduction="mean"):
-        logits = self.table(idx).float()
+        logits = super().forward(idx).float()
         if targets is None:
             return logits
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), reduction=reduction)
-
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 torch.manual_seed(42)
 tokenizer = Tokenizer.from_directory()
-assert get_token_bytes().shape == (tokenizer.get_vocab_size(),)
-model = torch.compile(Bigram(tokenizer.get_vocab_size()), dynamic=False, backend="eager")
+V = tokenizer.get_vocab_size()
+assert get_token_bytes().shape == (V,)
+model = torch.compile(Bigram(V, V), dynamic=False, backend="eager")
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 train_loader = make_dataloader(tokenizer, 16, MAX_SEQ_LEN, "train")
 x, y, epoch = next(train_loader)  # and only then everything is compiled
@@ -43,15 +35,14 @@ while total < TIME_BUDGET:
     x, y, epoch = next(train_loader)
     loss.backward()
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     step += 1
     if step > 10:
         total += time.time() - t0
 model.eval()
 with torch.autocast("cpu", torch.bfloat16):
     val_bpb = evaluate_bpb(model, tokenizer, 16)
-print("---")
-print(f"val_bpb:          {val_bpb:.6f}")
+print(f"val_bpb: {val_bpb:.6f}")
 """
 
 

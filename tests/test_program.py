@@ -3,6 +3,7 @@
 Runs are a stand-in, but for one of the real train.py. uv is one too: a scratch clone would install everything anew.
 """
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+import prepare
 
 PAGE = (ROOT / "program.md").read_text(encoding="utf-8")
 ONE_GPU, SEVERAL_GPUS = PAGE.split("\n## Several GPUs\n")
@@ -31,10 +34,9 @@ def command(*words, page=ONE_GPU, but="nothing of this kind"):
     return found[0]
 
 
-RUN, DECIDE, RECORD = (
-    command(f"run prepare.py {word}\n", but="git status").strip() for word in "run decide record".split()
-)
-CHECK, CHECKED = (" ".join(found.split()) for found in re.findall(r"`(uv\s+run\s+prepare.py\s+\w+\s+check)`", ONE_GPU))
+RUN = command("run prepare.py run\n").strip()
+(BRANCH,) = re.findall(r"`(git switch -c [^`]*)`", ONE_GPU)
+CHECK, DISCARD = re.findall(r"`(uv run prepare.py (?:run check|discard))`", ONE_GPU)[::-1]
 LOOK = command("tail -n 35")
 
 NOISE = [0.003, 0, -0.001, 0.002, 0.001, -0.003, -0.002, 0]  # of seeds 0 to 7; others by their last digit
@@ -47,19 +49,18 @@ FAULT = ""
 import json, os, pathlib, signal, subprocess, sys, time
 where, began = os.environ.get("SLURMD_NODENAME", "here") + ":" + os.environ.get("CUDA_VISIBLE_DEVICES", ""), time.time()
 path, seed = pathlib.Path(os.environ["AUTORESEARCH_REPORT"]), int(os.environ["SEED"])
-run = json.loads(pathlib.Path("run.json").read_text())
+run = json.loads(pathlib.Path("run.json").read_text())["row"]
 with open("../starts", "a") as starts:
-    starts.write(f"{{run['commit'][:7]}} {{seed}} {{os.getpid()}}\\n")
-report = dict(memory_gb="0.5", num_steps=9, attention="sdpa", harness="0123456789ab", machine=0.9, problems=[])
-report["prepared"] = "uv run prepare.py --corpus=source"
+    starts.write(f"{{run[0]}} {{seed}} {{os.getpid()}}\\n")
+report = dict(memory_gb="0.5", num_steps=9, attention="sdpa", harness="0123456789ab", problems=[])
 print("step 1", flush=True)
-time.sleep(0.5)
+time.sleep(0.2)
 exec(FAULT)
 value = VALUE + MORE + {NOISE}[seed % 10 % 8]
 print(f"ran: {{where}} {{began}} {{time.time()}}")
 path.write_text(json.dumps(report | {{"val_bpb": f"{{value:.6f}}"}}))
 """
-CONSTANTS = {"DECIDE_WAIT = 45": "DECIDE_WAIT = 5", "BEAT, WATCH = 3, 15": "BEAT, WATCH = 1, 4"}
+CONSTANTS = {"WAIT = 45": "WAIT = 5", "PAUSE, BEAT = 10, 3": "PAUSE, BEAT = 2, 1"}
 
 
 class Clone:
@@ -103,26 +104,33 @@ class Clone:
         text = re.sub(f"^{name} = .*", f"{name} = {value}", path.read_text(), flags=re.M)
         path.write_text(re.sub("^FAULT = .*", lambda _: f"FAULT = {fault!r}", text, flags=re.M))
 
-    def idea(self, value, what, fault=""):
-        """An idea that has been committed and started"""
+    def commit(self, value, what, fault=""):
+        """The commit of an idea"""
         self.edit(value, fault)
-        self.sh(f"git commit -qam '{what}'")
-        return self.run()
+        self.sh(command("git commit -qm", but="-C").replace("WHAT CHANGES", what))
+        return self.head()
 
-    def run(self, command=RUN):
-        """Start what is next; its commit"""
-        return re.search(r"^started \w+ (\w{7}), seed \d+$", self.sh(command), re.M)[1]
-
-    def decide(self, **env):
-        """What `decide` prints in the end, on one stream"""
+    def run(self, command=RUN, **env):
+        """What the command prints when it no longer says wait"""
         deadline = time.monotonic() + 60
-        while (printed := self.sh(f"{DECIDE} 2>&1", ok=False, **env)).startswith("wait"):
+        while (printed := self.sh(f"{command} 2>&1", ok=False, **env)).startswith("wait"):
             assert time.monotonic() < deadline, printed
         return printed
 
-    def record(self, veto="", **env):
-        self.decide()
-        return self.sh(f"{RECORD} {veto} 2>&1", ok=False, **env)
+    def idea(self, value, what, fault=""):
+        """The row of an idea: committed, run and recorded"""
+        commit = self.commit(value, what, fault)
+        printed = self.run()
+        assert printed.startswith("idea: head ") and f"\n{commit}\t" in printed, printed
+        return self.rows()[-1]
+
+    def background(self):
+        """A run that has been started, while nobody waits for it"""
+        process = subprocess.Popen(["bash", "-c", RUN], cwd=self.folder, env=self.env, start_new_session=True)
+        self.wait(lambda: self.starts(self.head()))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return int(self.starts(self.head())[-1][2])
 
     def head(self, tree="."):
         return self.sh(f"git -C {tree} rev-parse HEAD")[:7]
@@ -160,121 +168,94 @@ def clone(tmp_path, session_cache):
 
 def baseline(clone):
     clone.sh("git switch -q autoresearch/t 2>/dev/null || git switch -q -c autoresearch/t")
-    for _ in range(3):
-        clone.run()
-        clone.record()
+    assert clone.run().startswith("idea: head ")
     return clone.head()
 
 
 def test_a_night_in_small(clone):
     # Set-up
-    (clone.folder / ".claude").mkdir()
-    (clone.folder / ".claude/settings").write_text("the agent's own")
     (clone.folder / "results.tsv").write_text("an earlier night")
-    (clone.folder / "results.tsv.tmp-1").write_text("of a record that was killed")
     assert re.fullmatch("agent <a@example.org> .*\n", clone.sh(command("GIT_AUTHOR_IDENT")))
+    clone.sh(BRANCH)
     branch = clone.sh("git branch --show-current").strip()
     assert re.fullmatch(r"autoresearch/\d{8}-\d{4}", branch)
+    assert "results.tsv is no table of this prepare.py" in clone.run()
+    clone.sh("mv results.tsv results-before.tsv")
 
-    # The noise: the harness chooses the seeds
-    for seed in range(3):
-        base = clone.run()
-        assert f"\tbaseline, seed {seed}, 9 steps" in clone.record()
+    # The noise: three seeds in one call
+    base, printed = clone.head(), clone.sh(RUN)
+    assert [row[:1] + row[3:7] for row in clone.rows()[1:]] == [
+        [base, "keep", f"baseline, seed {seed}, 9 steps", str(seed), str(seed + 1)] for seed in range(3)
+    ]
     scores = [float(row[1]) for row in clone.rows()[1:]]
-    assert [row[0] for row in clone.rows()[1:]] == [base] * 3 == [clone.head()] * 3
-    assert [path.read_text() for path in clone.folder.glob("results-until-*.tsv")] == ["an earlier night"]
     head, margin = statistics.mean(scores), 1.5 * statistics.stdev(scores)
-    assert f"idea: head {head:.6f}, margin {margin:.6f}, n 0: " in clone.decide()
-    assert "nothing new to run: commit an idea" in clone.sh(f"{RUN} 2>&1", ok=False)
+    assert printed.startswith(f"idea: head {head:.6f}, margin {margin:.6f}, n 0: ") and clone.run() == printed
 
-    # One that is kept. Asked twice, it has one row
-    clone.edit(0.9)
-    clone.sh(command("git commit -qm", but="-C").replace("WHAT CHANGES", "batch 2^9"))
-    assert re.fullmatch(r"run: idea \w{7}, seed 0 has not started → uv run prepare.py run\n", clone.sh(DECIDE))
-    clone.run()
-    assert "it is going on or has ended" in clone.sh(f"{RUN} 2>&1", ok=False)
-    printed = clone.decide()
-    assert printed.startswith("record: head ") and "\tkeep\tbatch 2^9, " in printed and len(clone.rows()) == 4
-    assert "it is going on or has ended: `uv run prepare.py decide`" in clone.sh(f"{RUN} 2>&1", ok=False)
-    clone.record()
-    clone.record()
+    # Kept; discarded
+    assert clone.idea(0.9, "batch 2^9")[1:5] == ["0.903000", "0.5", "keep", "batch 2^9, 9 steps"]
     kept = clone.head()
-    assert len(clone.rows()) == 5 and clone.rows()[-1][0] == kept
-
-    # One that is discarded: row, tag, reset. Nothing that has no commit is lost: the next idea, begun too early
-    discarded = clone.idea(0.95, "checkpoint\tactivations")
+    assert clone.rows()[-1][0] == kept and clone.run() == clone.run()
     (clone.folder / "README.md").write_text("the human's own, not committed")
-    clone.edit(-0.3, name="MORE")
-    assert "\tdiscard\tcheckpoint activations, " in clone.record()
-    assert clone.head() == kept
+    row = clone.idea(0.95, "checkpoint\tactivations")
+    assert row[3:5] == ["discard", "checkpoint activations, 9 steps"] and clone.head() == kept
     assert (clone.folder / "README.md").read_text() == "the human's own, not committed"
-    assert re.findall("^[+-](?:VALUE|MORE).*", clone.sh("git diff train.py"), re.M) == ["-MORE = 0", "+MORE = -0.3"]
-    clone.sh("git restore README.md train.py")
-    assert ", n 1: " in clone.decide()
+    clone.sh("git restore README.md")
+    assert ", n 1: " in clone.run()
 
     # Crashes: with a line that is too long to show, with noise after it; time exceeded; killed; a hang
-    tried = [clone.idea(0.9, "odd heads", "print('x' * 10**6); import atexit; atexit.register(print, 'leaked'); 1 / 0")]
-    assert f"{tried[0]}\t0.000000\t0.0\tcrash\todd heads: ZeroDivisionError: division by zero" in clone.record()
-    assert len(clone.sh(LOOK)) < 7000
-    tried.append(clone.idea(0.8, "too late", "report['problems'] = ['training took 9 s']"))
-    assert "\tcrash\ttoo late: training took 9 s" in clone.record()
-    tried.append(clone.idea(0.8, "killed", "os.kill(os.getpid(), signal.SIGKILL)"))
-    assert "\tcrash\tkilled: killed by SIGKILL: step 1" in clone.record()
-    tried.append(clone.idea(0.8, "hang", "time.sleep(500)"))
-    clone.edit(0.7)
-    printed = clone.record()
-    assert "\tcrash\thang: hang: no end after 6 s" in printed
-    assert "the edit of train.py does not fit the new head" in printed and "+VALUE = 0.7" in clone.sh(
-        "git stash show -p"
-    )
-    clone.sh("git stash drop -q")
+    tried = [row[0]]
+    for what, fault, why in (
+        ("odd", "print('x' * 10**6); import atexit; atexit.register(print, 'leaked'); 1 / 0", "ZeroDivisionError: div"),
+        ("late", "report['problems'] = ['training took 9 s']", "training took 9 s"),
+        ("killed", "os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL: step 1"),
+        ("hang", "time.sleep(500)", "hang: no end after 6 s"),
+    ):
+        row = clone.idea(0.8, what, fault)
+        assert row[1:4] == ["0.000000", "0.0", "crash"] and row[4].startswith(f"{what}: {why}")
+        assert clone.head() == kept and len(clone.sh(LOOK)) < 7000
+        tried.append(row[0])
     assert 'run.py", line ' in clone.sh("cat run.log")  # where it hung
+    # A slip is mended: a row of its own
+    clone.sh(f"git cherry-pick -n tried/{tried[1]}")
+    clone.edit(0.95)
+    clone.sh("git commit -qm mended train.py")
+    clone.run()
+    tried.append(clone.rows()[-1][0])
     # One that would be kept, but for the human's limits
-    tried.append(clone.idea(0.6, "simpler: batch 2^8"))
-    assert f"1234567: the ideas that have no row are {tried[-1]}\n" in clone.record("discard 1234567")
-    clone.record("discard")
-    assert clone.rows()[-1][3] == "discard" and "nothing to record" in clone.record(f"discard {tried[-1]}")
+    tried.append(clone.idea(0.6, "simpler: batch 2^8")[0])
+    assert clone.rows()[-1][3] == "keep" and f"\n{tried[-1]}\t0.603000\t0.5\tdiscard\tsimpler" in clone.sh(DISCARD)
+    assert clone.head() == kept and "only a keep of the last wave" in clone.sh(f"{DISCARD} 2>&1", ok=False)
 
     # The check finds commits and seeds, three each, and moves no bar
-    before, start = clone.decide(), CHECK
-    assert clone.sh(CHECKED) == f"run: check {kept}, seed 100 has not started → {CHECK}\n"
-    for seed, commit in [(seed, commit) for seed in (100, 101, 102) for commit in (kept, base)]:
-        assert clone.run(start) == commit
-        start = RUN  # it goes on until it is complete
-        assert "discard: the ideas that have no row are none" in clone.record("discard")
-        assert f"{commit}\t" in clone.record() and clone.rows()[-1][4].startswith(f"check, seed {seed}, ")
-    assert "has ended" in clone.sh(f"{CHECK} 2>&1", ok=False)
-    assert clone.sh(CHECKED).splitlines() == [
+    before = clone.run().splitlines()[0]
+    printed = clone.run(CHECK)
+    assert printed.splitlines() == [
         "idea: the check is complete",
         f"baseline {base}, 3 of 3 fresh seeds: {1 + statistics.mean(NOISE[:3]):.6f} (0.999 to 1.003)",
         f"branch {kept}, 3 of 3 fresh seeds: {0.9 + statistics.mean(NOISE[:3]):.6f} (0.899 to 0.903)",
     ]
-    assert clone.decide() == before and clone.head() == kept
-
-    # Picking up again, with everything but the files forgotten
-    seen = clone.sh(command("git status -sb"))
-    assert f"## {branch}" in seen and "batch 2^9" in seen and "check, seed 100" in seen and before in seen
+    assert clone.run(CHECK) == printed and clone.run().splitlines()[0] == before
+    assert [[row[0], row[5]] for row in clone.rows()[-6:]] == [
+        [c, str(s)] for s in (100, 101, 102) for c in (kept, base)
+    ]
 
     # After the night
     rows = clone.rows()
-    assert rows[0] == ["commit", "val_bpb", "memory_gb", "status", "description"] and {len(row) for row in rows} == {5}
-    assert [row[0] for row in rows[1:]] == [base] * 3 + [kept, discarded, *tried] + [kept, base] * 3
-    assert "".join(row[3][0] for row in rows[1:]) == "kkkkdccccdkkkkkk"
+    assert (
+        rows[0] == list(prepare.Row._fields)
+        and {len(row) for row in rows} == {10}
+        and {r[8] for r in rows[1:]} == {branch}
+    )
+    assert "".join(row[3][0] for row in rows[1:]) == "kkkkdccccddkkkkkk"
     assert clone.sh("git status --porcelain -uno") == "" and clone.sh("git ls-files results.tsv run.*") == ""
     assert clone.sh("git log --format=%h -n 2").split() == [kept, base]
-    assert sorted(clone.sh("git tag").split()) == sorted(f"tried/{commit}" for commit in [discarded, *tried])
-
-    # The table is lost, or is not that of this night
-    text = (clone.folder / "results.tsv").read_text()
-    for damage in ("rm results.tsv run.json", "echo mine > results.tsv"):
-        clone.sh(damage)
-        clone.record()
-        assert (clone.folder / "results.tsv").read_text() == text
-    assert sorted(p.read_text() for p in clone.folder.glob("results-until-*.tsv")) == ["an earlier night", "mine\n"]
-
+    assert sorted(clone.sh("git tag").split()) == sorted(f"tried/{commit}" for commit in tried)
+    # A second night in the same table
+    clone.sh("git switch -q -c autoresearch/second")
+    assert "head 0.900667, " in clone.run() and [row[0] for row in clone.rows()[-3:]] == [kept] * 3
     # On no branch of a night nothing is done
     clone.sh("git switch -q main")
-    for words in (RUN, DECIDE, RECORD):
+    for words in (RUN, DISCARD):
         assert "this is main: git switch to it" in clone.sh(f"{words} 2>&1", ok=False)
 
 
@@ -282,184 +263,265 @@ def test_a_real_run(tmp_path, session_cache):
     clone = Clone(tmp_path / "clone", session_cache, (ROOT / "train.py").read_text(encoding="utf-8"))
     clone.env["CUDA_VISIBLE_DEVICES"] = ""
     clone.sh("git switch -q -c autoresearch/t")
-    commit = clone.run()
-    assert re.search(rf"{commit}\t\d\.\d+\t\d\.\d\tkeep\tbaseline, seed 0, \d+ steps\n", clone.record())
+    assert clone.run().startswith("idea: head ")
+    assert re.fullmatch(r"\w{7} \d\.\d{6} \d\.\d keep baseline, seed 0, \d+ steps", " ".join(clone.rows()[1][:5]))
     assert "\nharness: " in clone.sh(LOOK) and "attention: sdpa" in clone.sh(LOOK)
 
 
-def test_what_was_cut_off_starts_again(clone):
+def test_what_was_cut_off_starts_again_and_nothing_of_it_lives_on(clone):
     baseline(clone)
-    commit = clone.idea(0.9, "slow", "time.sleep(3)")
-    clone.wait(lambda: clone.starts(commit))
-    pid = int(clone.starts(commit)[0][2])
+    commit = clone.commit(0.9, "slow", "time.sleep(3); subprocess.Popen(['sleep', '99'])")
+    pid = clone.background()
     os.kill(parent(pid), signal.SIGKILL)
     clone.wait(lambda: not lives(pid))  # it goes with its supervisor
-    assert f"run: idea {commit}, seed 0 was cut off (step 1) → uv run prepare.py run" in clone.decide()
-    assert clone.run() == commit
-    assert f"{commit}\t0.903000\t0.5\tkeep" in clone.record() and len(clone.starts(commit)) == 2
+    assert clone.sh(f"{RUN} --wait 1").startswith("wait: 1 of 1 runs, start 2: ")
+    assert f"{commit}\t0.903000\t0.5\tkeep" in clone.run() and len(clone.starts(commit)) == 2
 
 
-def test_nothing_of_a_run_lives_on(clone):
+KILLER = """
+import os, signal, subprocess, sys
+events = 0
+def deadly(function):
+    def call(*arguments, **options):
+        global events
+        events += 1
+        if events == int(os.environ["N"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+if sys.argv[0].endswith("prepare.py") and sys.argv[1] != "supervise" and "N" in os.environ:
+    subprocess.Popen.__init__ = deadly(subprocess.Popen.__init__)
+    for name in ("replace", "rename", "unlink"):
+        setattr(os, name, deadly(getattr(os, name)))
+"""
+
+
+@pytest.mark.parametrize("value", [0.9, 1.2])
+def test_a_command_that_dies_anywhere_goes_on(clone, value):
+    """kill -9 before the n-th process that it starts or file that it replaces, for each n, in `run` and `discard`."""
+    base = baseline(clone)
+    (clone.folder.parent / "killer").mkdir()
+    (clone.folder.parent / "killer/sitecustomize.py").write_text(KILLER)
+    path = {"PYTHONPATH": str(clone.folder.parent / "killer")}
+
+    def survive(command, ends):
+        for n in range(1, 90):
+            printed = clone.sh(f"{command} 2>&1", ok=False, N=str(n), **path)
+            if re.match(ends, printed):
+                return n
+            assert "Killed" in printed or not printed, printed
+
+    commit = clone.commit(value, "idea", "time.sleep(1)")
+    assert 12 < survive(f"{RUN} --wait 0", "wait: ") < 30  # it has been started
+    clone.edit(-0.3, "time.sleep(1)", name="MORE")
+    clone.wait(lambda: any(path.stat().st_size > 5 for path in clone.folder.glob("run.*.end")))
+    assert 12 < survive(RUN, "idea: ") < 60  # and is recorded
+    assert clone.run().startswith("idea: ") and len(clone.starts(commit)) == 1
+    assert [row[3] for row in clone.rows() if row[0] == commit] == ["keep" if value < 1 else "discard"]
+    if value < 1:
+        assert clone.head() == commit and "-0.3" in clone.sh("git diff train.py")
+        assert 12 < survive(DISCARD, "idea: |.*only a keep") < 60
+    assert clone.run().startswith("idea: ") and clone.head() == base and clone.rows()[-1][3] == "discard"
+    assert clone.sh("git tag") == f"tried/{commit}\n" and clone.sh("git status --porcelain -uno") == ""
+    (patch,) = clone.folder.glob("edit-*.patch")
+    assert "+MORE = -0.3" in patch.read_text()
+
+
+def test_two_at_once(clone):
     baseline(clone)
-    clone.idea(
-        0.9, "a child", "subprocess.Popen(['bash', '-c', 'echo $$ > ../child; while sleep 0.1; do echo gpu; done'])"
-    )
-    assert "\tkeep\ta child" in clone.record()
-    clone.wait(lambda: not lives(int((clone.folder.parent / "child").read_text())))
+    for value in (1.2, 0.9):
+        commit = clone.commit(value, "two", "time.sleep(1)")
+        printed = clone.sh(f"({RUN} & {RUN} & wait) 2>/dev/null")
+        assert printed.count("idea: head ") == 2 and len(clone.starts(commit)) == 1
+        assert [row[0] for row in clone.rows()].count(commit) == 1
+    assert clone.head() == commit
 
 
-def test_a_terminal_that_is_closed_and_a_run_typed_twice(clone):
+def test_a_terminal_that_is_closed(clone):
     baseline(clone)
-    clone.edit(0.9, "time.sleep(2)")
-    clone.sh("git commit -qam twice")
-    typed = f"script -qec 'bash --norc -ic \"{RUN} & {RUN}; wait; exit\"' /dev/null"  # a terminal, which then hangs up
-    printed = clone.sh(f"{typed} 2>&1", ok=False)
-    assert printed.count("started idea") == 1 and "it is going on" in printed
-    assert "\tkeep\ttwice, 9 steps" in clone.record() and len(clone.starts(clone.head())) == 1
+    clone.commit(0.9, "twice", "time.sleep(2)")
+    clone.sh(f"timeout 1 script -qec 'bash --norc -ic \"{RUN}; exit\"' /dev/null", ok=False)  # it hangs up
+    assert "\tkeep\ttwice, 9 steps" in clone.run() and len(clone.starts(clone.head())) == 1
 
 
-def test_two_records_at_once(clone):
+def test_an_edit_without_a_commit_is_laid_aside_where_the_tree_moves(clone):
+    base = baseline(clone)
+    clone.edit(0.8)
+    assert "note: train.py has an edit without a commit: it did not run" in clone.run()
+    clone.sh("git restore train.py")
+    clone.commit(1.2, "worse", "time.sleep(1)")
+    clone.background()
+    clone.edit(-0.3, "time.sleep(1)", name="MORE")
+    clone.sh("printf '# no UTF-8: \\xff' >> train.py && git add train.py")
+    printed = clone.run()
+    assert printed.startswith("idea: ") and clone.rows()[-1][3] == "discard" and clone.head() == base
+    assert clone.sh("git status --porcelain -uno") == "" and clone.run() == printed
+    back, patch = re.search("laid aside: `(.*)` brings it back, then remove (.*)", printed).groups()
+    clone.sh(f"{back} && rm {patch}")
+    assert "note: an edit" not in clone.run()
+    edit = subprocess.check_output(["git", "diff", "HEAD"], cwd=clone.folder)
+    assert re.findall(rb"^[+-]\w+ =.*", edit, re.M) == [b"-MORE = 0", b"+MORE = -0.3"] and b"\xff" in edit
+
+
+def test_a_conflict_that_is_open_is_laid_aside_too(clone):
     baseline(clone)
-    commit = clone.idea(0.95, "two", "time.sleep(1)")
-    for _ in range(2):
-        clone.sh(f"({RECORD} & {RECORD} & wait) 2>&1")
-    assert [row[0] for row in clone.rows()].count(commit) == 1 and clone.rows()[-1][0] == commit
+    tried = clone.idea(1.2, "worse")[0]
+    assert clone.idea(0.9, "better")[3] == "keep"
+    clone.sh(f"git cherry-pick -n tried/{tried}", ok=False)
+    assert "<<<<<<<" in (clone.folder / "train.py").read_text()
+    assert clone.sh(DISCARD).startswith("idea: head 1.00") and clone.rows()[-1][3] == "discard"
+    (patch,) = clone.folder.glob("edit-*.patch")
+    assert "+<<<<<<<" in patch.read_text() and clone.sh("git status --porcelain -uno") == ""
 
 
 def test_the_human_commits_in_the_night(clone):
-    base = baseline(clone)
-    for value, kept in ((1.2, []), (0.9, ["under"])):
-        clone.sh("echo >> program.md && git commit -qam before")
-        clone.idea(value, "under", "time.sleep(1)")
-        clone.sh("echo >> program.md && git commit -qam after")
-        assert 'read its section "From the human" again' in clone.record()
-        assert clone.rows()[-1][3] == ("keep" if kept else "discard")
-        assert clone.sh("git log --format=%s -n 1") in ("after\n", 'Revert "under"\n')
-        assert bool(clone.sh(f"git diff {base} -- train.py")) == bool(kept)
-    clone.idea(1.2, "next")
-    assert "From the human" not in clone.record()
-    assert clone.rows()[-1][3] == "discard" and clone.sh("git log --format=%s -n 1") == "after\n"
+    baseline(clone)
+    clone.idea(1.3, "first")
+    clone.sh("echo >> program.md && git commit -qam before")
+    clone.commit(0.9, "under", "time.sleep(1)")
+    clone.sh("echo >> program.md && git commit -qam after")
+    assert 'read its section "From the human" again' in clone.run()
+    assert clone.rows()[-1][3:5] == ["keep", "under, 9 steps"] and clone.sh("git log --format=%s -n 1") == "after\n"
+    assert clone.idea(1.2, "next")[3] == "discard" and clone.sh("git log --format=%s -n 1") == "after\n"
+    clone.commit(1.2, "worse")
+    clone.sh("echo >> program.md && git commit -qam above && echo mine >> README.md")
+    assert clone.run().startswith("idea: head 0.903000, ") and clone.rows()[-1][3:5] == ["discard", "worse, 9 steps"]
+    assert clone.sh("git log --format=%s -n 3") == "above\nafter\nunder\n"
+    assert clone.sh("git status --short -uno") == " M README.md\n" and "mine" in clone.sh("cat README.md")
+
+
+def test_a_table_or_a_run_of_another_kind(clone):
+    baseline(clone)
+    clone.idea(1.2, "worse")
+    table, run = clone.folder / "results.tsv", clone.folder / "run.json"
+    rows, facts = table.read_bytes(), json.loads(run.read_text())
+    for other in (b"", rows.decode().encode("utf-16"), b"commit\n"):
+        table.write_bytes(other)
+        printed = clone.run()
+        assert "results.tsv is no table of this prepare.py" in printed and printed.count("\n") == 1
+    table.write_bytes(rows)
+    for other in (facts | {"row": facts["row"][:-1]}, {"row": 5}, [], {}):
+        run.write_text(json.dumps(other))
+        assert clone.run().startswith("idea: head ")
+    # A new table: the baseline is the head, not what ran last
+    run.write_text(json.dumps(facts))
+    table.unlink()
+    assert clone.run().startswith("idea: head 1.00") and {row[0] for row in clone.rows()[1:]} == {clone.head()}
+    assert facts["row"][0] != clone.head()
+
+
+def test_a_run_lives_as_long_as_its_supervisor(clone):
+    """However long that takes to end; and a cache named from where the command was typed is found."""
+    cache = Path(clone.env["AUTORESEARCH_CACHE"])
+    clone.env["AUTORESEARCH_CACHE"] = os.path.relpath(cache, clone.folder)
+    baseline(clone)
+    commit = clone.commit(0.9, "slow to end", "time.sleep(2)")
+    supervisor = parent(clone.background())
+    os.kill(supervisor, signal.SIGSTOP)
+    for _ in range(2):
+        assert clone.sh(f"{RUN} --wait 4").startswith("wait: ")
+    os.kill(supervisor, signal.SIGCONT)
+    assert f"\n{commit}\t0.903000\t0.5\tkeep" in clone.run() and len(clone.starts(commit)) == 1
+
+
+def test_what_is_committed_during_a_run_costs_it_nothing(clone):
+    """The human's page, and the agent's next idea: the run is recorded before the shape of the branch is judged."""
+    baseline(clone)
+    commit = clone.commit(1.2, "runs", "time.sleep(2)")
+    clone.background()
+    clone.sh("echo >> program.md && git commit -qam page")
+    clone.edit(-0.4, "time.sleep(2)", name="MORE")
+    clone.sh("git commit -qm 'too early' train.py")
+    mend = re.findall("`(git -C [^`]*)`", clone.run())
+    assert clone.rows()[-1][:1] + clone.rows()[-1][3:5] == [commit, "discard", "runs, 9 steps"]
+    assert len(clone.starts(commit)) == 1
+    clone.sh(" && ".join(mend).replace("WHAT", "both"))
+    clone.run()
+    assert clone.rows()[-1][3:5] == ["keep", "both, 9 steps"]
+    assert "+\n" in clone.sh("git diff HEAD program.md")  # of the human, and not lost
 
 
 def test_what_is_refused(clone):
     base = baseline(clone)
-    commit = clone.idea(0.9, "another cache", "report |= dict(harness='ba9876543210', prepared='otherwise')")
-    printed = clone.record()
-    assert printed.startswith("run: ") and "ba9876543210, the baseline's 0123456789ab: first `uv run prepa" in printed
-    assert clone.run() == commit and len(clone.rows()) == 4  # `run` starts it again
-    clone.decide()
+    clone.commit(0.9, "another cache", "report |= dict(harness='ba9876543210')")
+    assert "the harness is ba9876543210, that of the baseline 0123456789ab: undo" in clone.run()
+    assert "the harness is" in clone.run() and len(clone.starts(clone.head())) == 2 and len(clone.rows()) == 4
     clone.sh("git reset -q --hard HEAD~1 && echo >> README.md")
     clone.edit(0.9)
     clone.sh("git commit -qam 'and another file'")
-    for words in (RUN, DECIDE, RECORD):
-        assert "changes more than train.py" in clone.sh(f"{words} 2>&1", ok=False)
-    clone.sh("git reset -q --hard HEAD~1")
-    for value in (0.9, 0.8):
-        clone.edit(value)
-        clone.sh("git commit -qam 'a step'")
-    assert f"must be one commit on top of {base}" in clone.sh(f"{RUN} 2>&1", ok=False)
-    clone.sh("git reset -q --hard HEAD~2")
-    assert "there is no .waves/7" in clone.sh(f"{RUN} 7 2>&1", ok=False)
-    for words in ("run twice", "run 1 check", "decide x", "record x"):
-        assert "`prepare.py run" in clone.sh(f"uv run prepare.py {words} 2>&1", ok=False)
-    assert len(clone.rows()) == 4
+    for fault in ("another file", "two commits", "not on top"):
+        printed = clone.run()
+        assert "an idea is one commit on top of" in printed, fault
+        mend = re.findall("`(git -C [^`]*)`", printed)
+        clone.sh("git stash -q; " * (fault == "not on top") + " && ".join(mend).replace("WHAT", "mended"))
+        clone.sh("git restore README.md")
+        if fault == "another file":
+            clone.edit(0.8)
+            clone.sh("git commit -qam 'a step more'")
+        elif fault == "two commits":
+            assert clone.run().startswith("idea: ") and clone.rows()[-1][3] == "keep"
+            clone.sh("git reset -q --hard HEAD~1")
+            clone.edit(0.5, name="MORE")
+            clone.sh("git commit -qam 'from the wrong commit'")
+    assert (
+        clone.run().startswith("idea: ")
+        and clone.rows()[-1][3] == "discard"
+        and base in clone.sh("git log --format=%h")
+    )
+    assert "invalid choice" in clone.sh("uv run prepare.py run twice 2>&1", ok=False)
 
 
 def test_a_baseline_needs_a_number(clone):
     clone.edit(1.0, "1 / 0")
     clone.sh("git switch -q -c autoresearch/t && git commit -qam 'a bad start'")
     for _ in range(2):
-        clone.run()
-        assert "must run once more: it has no number (ZeroDivisionError" in clone.record()
-
-
-def test_another_machine_or_kernel_is_said(clone):
-    baseline(clone)
-    # Slower: once more. The try counts whose machine was more like the baseline's
-    count = "tries = open('../tries', 'a+'); tries.write('x'); tries.seek(0); second = len(tries.read()) % 2 == 0"
-    commit = clone.idea(0.9, "busy", f"{count}; VALUE += second; report |= dict(machine=0.7 - 0.1 * second)")
-    text = "machine 22% slower than the baseline's"
-    assert f"run: idea {commit}, seed 0 must run once more: {text} → uv run" in clone.record()
-    clone.run()
-    assert f"{commit}\t0.903000\t0.5\tkeep\tbusy, 9 steps, {text}\n" in clone.record()
-    # It stays so: not once more. Faster: it is never kept
-    commit = clone.idea(0.8, "faster", "report |= dict(machine=1.2, attention='flex')")
-    printed = clone.record()
-    assert f"{commit}\t0.803000\t0.5\tdiscard\tfaster, 9 steps, machine 33% faster than the baseline's\n" in printed
-    assert "a faster machine keeps nothing" in printed and "kernel flex, not the one of the base" in printed
-    commit = clone.idea(0.7, "within a tenth", "report['machine'] = 0.97")
-    assert f"{commit}\t0.703000\t0.5\tkeep\twithin a tenth, 9 steps\n" in clone.record()
-
-
-def test_a_baseline_on_another_machine_runs_once_more(clone):
-    clone.sh("git switch -q -c autoresearch/t")
-    clone.edit(1.0, "report['machine'] = 0.9 - 0.2 * (seed == 1)")
-    clone.sh("git commit -qam start")
-    clone.run()
-    clone.record()
-    clone.run()
-    assert "seed 1 must run once more: machine 22% slower than the baseline's" in clone.decide()
-    clone.run()
-    assert "note: the machine's speed was 0.7 to 0.9" in clone.record()
-    clone.run()
-    printed = clone.record()
-    assert "\tbaseline, seed 2, 9 steps" in printed and "begin a new night" in printed
-
-
-def test_a_run_that_another_one_replaces_gives_it_no_number(clone):
-    baseline(clone)
-    first = clone.idea(0.6, "a slip", "time.sleep(0.2)")
-    clone.edit(0.6, "1 / 0")
-    clone.sh("git commit -qa --amend -m crashes")
-    assert f"note: the run of {first} did not end, and has no row" in clone.sh(RUN)
-    clone.decide()
-    time.sleep(1)
-    assert f"{clone.head()}\t0.000000\t0.0\tcrash\tcrashes: ZeroDivisionError" in clone.record()
-    assert not list(clone.folder.glob("run.1*"))
+        assert "the baseline has no number (ZeroDivisionError" in clone.run()
+    clone.edit(1.0)
+    clone.sh("git commit -qam 'a good start'")
+    assert clone.run().startswith("idea: ") and {row[0] for row in clone.rows()[1:]} == {clone.head()}
 
 
 def test_the_baseline_stays_where_it_was_begun(clone):
     base = clone.head()
-    clone.sh("git switch -q -c autoresearch/t")
-    clone.run()
-    clone.edit(0.9)
-    clone.sh("git commit -qam 'too early'")
-    for _ in range(3):
-        clone.record()
-        clone.sh(f"{RUN} 2>&1")
-    assert [row[0] for row in clone.rows()[1:]] == [base] * 3
-    assert "\tkeep\ttoo early, 9 steps" in clone.record()
+    clone.edit(1.0, "time.sleep(1)")
+    clone.sh("git switch -q -c autoresearch/t && git commit -qam start")
+    base = clone.head()
+    clone.background()
+    clone.commit(0.9, "too early")
+    assert "\tkeep\ttoo early, 9 steps" in clone.run()
+    assert [row[0] for row in clone.rows()[1:4]] == [base] * 3
 
 
-def test_a_check_without_a_number_is_a_crash_and_an_idea_waits_for_no_check(clone):
+def test_a_check_that_is_interrupted_and_a_second_one(clone):
     clone.edit(1.0, "if seed == 101: raise ValueError('nan')")
     clone.sh("git switch -q -c autoresearch/t && git commit -qam start")
     base = baseline(clone)
-    assert clone.sh(CHECKED) == "idea: nothing was kept, so there is nothing to check\n"
-    clone.idea(0.9, "slow", "time.sleep(1)")
-    for words in (CHECK, CHECKED):
-        assert "has no row" in clone.sh(f"{words} 2>&1", ok=False)
-    clone.record()
-    clone.run(CHECK)
-    for _ in range(6):
-        clone.record()
-        clone.sh(RUN, ok=False)
-    assert [row[3] for row in clone.rows()[-6:]] == ["keep", "keep", "keep", "crash", "keep", "keep"]
-    assert f"baseline {base}, 2 of 3 fresh seeds: 1.001000 (0.999 to 1.003)\n" in clone.sh(CHECKED)
-    # The next check has other seeds, and a baseline of its own hour
-    clone.idea(0.8, "better")
-    clone.record()
-    for commit in (clone.head(), base):
-        assert clone.run(CHECK) == commit and ", seed 103, " in clone.record()
+    assert clone.run(CHECK) == "idea: nothing was kept, so there is nothing to check\n"
+    clone.commit(0.9, "better", "time.sleep(seed >= 100)")
+    process = subprocess.Popen(["bash", "-c", CHECK], cwd=clone.folder, env=clone.env, start_new_session=True)
+    clone.wait(lambda: len(clone.starts(clone.head())) == 2)  # the idea first
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert clone.run().startswith("idea: head ") and clone.rows()[-1][4] == "check, seed 100, 9 steps"
+    assert clone.idea(1.2, "between")[3] == "discard"
+    assert f"baseline {base}, 2 of 3 fresh seeds: 1.001000 (0.999 to 1.003)\n" in clone.run(CHECK)
+    assert [row[5] for row in clone.rows()[-5:]] == ["100", "101", "101", "102", "102"]
+    clone.idea(0.8, "better still")
+    assert f"branch {clone.head()}, 3 of 3 fresh seeds" in clone.run(CHECK)
+    assert [row[5] for row in clone.rows()[-6:]] == ["103", "103", "104", "104", "105", "105"]
+    # A veto is possible after a check. What is then the head was checked before
+    rows = len(clone.rows())
+    assert clone.sh(DISCARD).startswith("idea: head 0.903000, ") and clone.run(CHECK).count("3 fresh seeds") == 2
+    assert len(clone.rows()) == rows and "tried/" in clone.sh("git tag --points-at HEAD@{1}")
 
 
 def test_settings_and_locale_change_nothing(clone):
     baseline(clone)
-    for key in ("log.showSignature true", "color.ui always", "commit.encoding ISO-8859-1"):
+    for key in ("log.showSignature true", "color.ui always", "commit.encoding ISO-8859-1", "core.abbrev 12"):
         clone.sh(f"git config {key}")
     for env in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}):
-        clone.idea(1.2, "größer 0.4→0.3 🚀")
-        clone.record(**env)
+        clone.commit(1.2, "größer 0.4→0.3 🚀")
+        clone.run(**env)
         assert clone.rows()[-1][4] == "größer 0.4→0.3 🚀, 9 steps"
 
 
@@ -468,4 +530,4 @@ def test_no_command_can_lose_work():
         for word in ("git clean", "--hard", "rm ", "git checkout", "git push", "stash p"):
             assert word not in text
     assert not any("timeout" in text for text in blocks(ONE_GPU))  # a Mac has no such command
-    assert len(PAGE.splitlines()) <= 140
+    assert len(PAGE.splitlines()) <= 112

@@ -35,10 +35,8 @@ pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}
 def home(tmp_path):
     """The user's real home, with things that the agent must not see, and a clone in it."""
     home = tmp_path / "home"
-    (home / ".ssh").mkdir(parents=True)
-    (home / ".ssh" / "key").write_text("a secret")
-    (home / ".cache" / "huggingface" / "hub").mkdir(parents=True)
-    (home / "clone").mkdir()
+    for folder in (".ssh", ".cache/huggingface/hub", "clone"):
+        (home / folder).mkdir(parents=True)
     shutil.copy(ROOT / "pyproject.toml", home / "clone")  # without it uv finds no project
     make_project(home / "clone")
     return home
@@ -57,10 +55,8 @@ def sandboxed(script, folder, home, cache, options=""):
 WORK = """
 set -e; export OMP_NUM_THREADS=1
 git switch -qc autoresearch/test
-uv run prepare.py run
-while uv run prepare.py decide | grep -q ^wait; do true; done
-uv run prepare.py record
-uv run prepare.py run
+until grep -sq keep results.tsv; do uv run prepare.py run --wait 1; done
+cat results.tsv
 git worktree add -q --detach .waves/1
 cd .waves/1
 echo '# another' >> train.py
@@ -76,7 +72,7 @@ def test_a_run_ends_in_a_number_and_git_works(place, home, session_cache, tmp_pa
         subprocess.run(["git", "-C", clone, "worktree", "add", "-q", "--detach", folder], check=True)
     done = sandboxed(WORK, folder, home, session_cache)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^\w{7}\t[0-3]\.\d{6}\t\d\.\d\tkeep\tbaseline, seed 0, \d+ steps$", done.stdout, re.M)
+    assert re.search(r"^\w{7}\t[0-3]\.\d{6}\t\d\.\d\tkeep\tbaseline, seed 0, \d+ steps\t", done.stdout, re.M)
     deadline = time.monotonic() + 10  # the second run, which is detached, ends with the sandbox
     while f"{home}/" in subprocess.check_output(["ps", "-Awwo", "args="], text=True):
         assert time.monotonic() < deadline
@@ -89,16 +85,16 @@ def test_nothing_else_can_be_written(home, session_cache):
     refused = ["/", "/usr", "/etc", "/sys", session_cache, sys.prefix, sys.base_prefix, home / ".cache/huggingface/hub"]
     private = [home, "/tmp", "/dev/shm"]  # folders of the sandbox's own under the same names
     clone = [home / "clone", home / "clone" / ".git"]
-    refused, private, clone = ([Path(folder) / "from-agent" for folder in kind] for kind in (refused, private, clone))
+    name = f"from-agent-{os.getpid()}"
+    refused, private, clone = ([Path(folder) / name for folder in kind] for kind in (refused, private, clone))
     everywhere = shlex.join(map(str, refused + private + clone))
-    try:
-        script = f"for file in {everywhere}; do touch $file && echo $file; done; true"
-        done = sandboxed(script, home / "clone", home, session_cache)
-        assert done.stdout.splitlines() == [str(file) for file in private + clone], done.stderr
-        assert [file for file in refused + private + clone if file.exists()] == clone
-    finally:
-        for file in refused + private:
-            file.unlink(missing_ok=True)
+    script = f"for file in {everywhere}; do touch $file && echo $file; done; true"
+    done = sandboxed(script, home / "clone", home, session_cache)
+    there = [file for file in refused + private + clone if file.exists()]
+    for file in there:
+        file.unlink()
+    assert done.stdout.splitlines() == [str(file) for file in private + clone], done.stderr
+    assert there == clone
 
 
 LOOK = """
