@@ -73,7 +73,9 @@ class Config:
     MUON_BETA2: float = 0.95  # of NorMuon's second moment
 
     # Schedule and batch
-    WARMDOWN_RATIO: float = 0.5  # last part of the time, in which the learning rate falls to 0
+    WARMUP_RATIO: float = 0.0  # first part of the time, in which the learning rate rises from 0
+    WARMDOWN_RATIO: float = 0.5  # last part of the time, in which the learning rate falls to its end
+    FINAL_LR_FRAC: float = 0.0  # the end of the learning rate, as a share of its beginning
     TOTAL_BATCH_SIZE: int  # tokens per step
     DEVICE_BATCH_SIZE: int  # most rows per micro-batch; fewer if they don't fit the memory, the step stays the same
 
@@ -144,10 +146,17 @@ def flex_attention_for(T, windows, device):
     def sees(window):
         return lambda b, h, i, j: (i >= j) & (i - j <= window)
 
-    # Made before compilation, once per window
-    masks = {window: create_block_mask(sees(window), None, None, T, T, device=device) for window in set(windows)}
+    @torch.compiler.disable  # a mask is made once per window, outside of the compiled model
+    def make_mask(window):
+        masks[window] = create_block_mask(sees(window), None, None, T, T, device=device)
+
+    masks = {}
+    for window in set(windows):
+        make_mask(window)
 
     def attention(q, k, v, window):
+        if window not in masks:  # windows may change in a run
+            make_mask(window)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         return flex_attention(q, k, v, block_mask=masks[window], enable_gqa=True).transpose(1, 2)
 
@@ -184,7 +193,7 @@ def flash3_attention():
 def pick_attention(T, windows, head_dim, device):
     """(name, attention, why_not): the fastest kernel that works on this device. A run calls this once."""
     if not bfloat16_works(device):
-        return "sdpa", sdpa_attention, "an exact mask: the faster kernels need a CUDA GPU with bfloat16"
+        return "sdpa", sdpa_attention, "PyTorch's own; the other kernels want a CUDA GPU that has bfloat16"
     kernels = {"fa3": flash3_attention, "flex": partial(flex_attention_for, T, windows, device)}
     why_not = "FlashAttention-3 from the kernel hub"
     # An AMD GPU has the type "cuda" too, but compute capabilities of its own
@@ -239,8 +248,13 @@ def window_sizes(config, T):
     return [int(config.SHORT_WINDOW * T) if layer == "S" else T for layer in layers]
 
 
+def has_ve(config, layer):
+    """Whether a layer has a value embedding: every other one, the last one included."""
+    return (config.DEPTH - 1 - layer) % 2 == 0
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config, has_ve, attention):
+    def __init__(self, config, layer, attention):
         super().__init__()
         n_embd, kv_dim = config.n_embd, config.n_kv_head * config.HEAD_DIM
         self.head_dim = config.HEAD_DIM
@@ -249,7 +263,7 @@ class CausalSelfAttention(nn.Module):
         self.c_v = nn.Linear(n_embd, kv_dim, bias=False)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
         self.ve_gate_channels = min(config.VE_GATE_CHANNELS, n_embd)
-        self.ve_gate = nn.Linear(self.ve_gate_channels, config.n_kv_head, bias=False) if has_ve else None
+        self.ve_gate = nn.Linear(self.ve_gate_channels, config.n_kv_head, bias=False) if has_ve(config, layer) else None
         self.attention = attention
 
     def forward(self, x, ve, cos, sin, window):
@@ -279,13 +293,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, has_ve, attention):
+    def __init__(self, config, layer, attention):
         super().__init__()
-        self.attn = CausalSelfAttention(config, has_ve, attention)
+        self.attn = CausalSelfAttention(config, layer, attention)
         self.mlp = MLP(config)
 
-    def forward(self, x, ve, cos, sin, window):
-        x = x + self.attn(norm(x), ve, cos, sin, window)
+    def forward(self, x, *inputs):
+        x = x + self.attn(norm(x), *inputs)
         return x + self.mlp(norm(x))
 
 
@@ -294,13 +308,13 @@ class GPT(nn.Module):
 
     def __init__(self, config, vocab_size, T, attention):
         super().__init__()
-        ve_layers = range((config.DEPTH - 1) % 2, config.DEPTH, 2)  # every other layer, the last one included
         kv_dim = config.n_kv_head * config.HEAD_DIM
+        ve_layers = [layer for layer in range(config.DEPTH) if has_ve(config, layer)]
         self.softcap = config.SOFTCAP
         self.window_sizes = window_sizes(config, T)
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, kv_dim) for i in ve_layers})
-        self.blocks = nn.ModuleList(Block(config, i in ve_layers, attention) for i in range(config.DEPTH))
+        self.blocks = nn.ModuleList(Block(config, layer, attention) for layer in range(config.DEPTH))
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
         self.resid_lambdas = nn.Parameter(torch.empty(config.DEPTH))
         self.x0_lambdas = nn.Parameter(torch.empty(config.DEPTH))
@@ -358,8 +372,11 @@ def parameters_by_rule(model, config):
     table = parameter_table(config)
     for name, p in model.named_parameters():
         init, settings = next((line[1:] for line in table if fnmatch.fnmatchcase(name, line[0])), (None, None))
-        if settings is None or (settings["kind"] == "muon" and p.ndim != 2):
-            raise ValueError(f"parameter {name}, shape {tuple(p.shape)}, needs a line of its own in parameter_table")
+        shape = f"parameter {name}, shape {tuple(p.shape)}"
+        if settings is None:
+            raise ValueError(f"{shape}, needs a line in parameter_table")
+        if settings["kind"] == "muon" and p.ndim != 2:
+            raise ValueError(f"{shape}: Muon takes matrices only, so it needs a line of kind adamw in parameter_table")
         yield name, p, init, settings
 
 
@@ -451,7 +468,7 @@ class MuonAdamW:
     """
 
     def __init__(self, param_groups, compiled=lambda function: function):
-        self.param_groups = [dict(group, initial_lr=group["lr"]) for group in param_groups]
+        self.param_groups = param_groups
         self.state = defaultdict(dict)
         self.muon_step, self.adamw_step = compiled(muon_step), compiled(adamw_step)
 
@@ -513,12 +530,13 @@ def make_optimizer(model, config, compiled=lambda function: function):
 
 def set_schedules(optimizer, config, progress, step):
     """Learning rates and weight decay follow the time, progress 0 to 1; Muon's momentum follows the steps."""
-    warmdown = config.WARMDOWN_RATIO
-    lr_multiplier = min(1.0, (1 - progress) / warmdown) if warmdown > 0 else 1.0
+    rise = progress / config.WARMUP_RATIO if config.WARMUP_RATIO > 0 else 1.0
+    fall = (1 - progress) / config.WARMDOWN_RATIO if config.WARMDOWN_RATIO > 0 else 1.0
+    lr_multiplier = min(1.0, rise, config.FINAL_LR_FRAC + (1 - config.FINAL_LR_FRAC) * fall)
     low, high = config.MUON_MOMENTUM
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_multiplier
-        if group["kind"] == "muon":
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_multiplier
+        if group.get("kind") == "muon":  # an optimizer of PyTorch's own has no kinds
             group["momentum"] = low + (high - low) * min(step / config.MUON_MOMENTUM_STEPS, 1)
             group["weight_decay"] = config.MATRIX_WEIGHT_DECAY * (1 - progress)
 
@@ -740,6 +758,7 @@ def main():
     run = build()
     num_params, flops = sum(p.numel() for p in run.model.parameters()), flops_per_token(run.model, config, T)
     size = f"{num_params / 1e6:.1f} M parameters, {flops / 1e6:.1f} MFLOPs per token"
+    size += ", no MFU (the peak of this device is not known)" * math.isnan(peak_flops(device))
     print(f"model: depth {config.DEPTH}, width {config.n_embd}, {size}")
     print(f"batch: {config.TOTAL_BATCH_SIZE:,} tokens per step, {batch_size} rows of {T} per micro-batch", flush=True)
 
