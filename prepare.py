@@ -88,6 +88,11 @@ class EvaluationError(Exception):
     """The model breaks the contract of `evaluate_bpb`, so it gets no number."""
 
 
+def one_line(text):
+    """At most 120 printable characters: a message must not flood the agent that reads it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())[:120]
+
+
 # -----------------------------------------------------------------------------
 # Cache: one folder for everything prepared, and a manifest that says what is in force
 
@@ -137,9 +142,14 @@ def cache_lock(cache):
         except BlockingIOError:
             print("another prepare.py is at work: waiting for it to end", file=sys.stderr)
             fcntl.flock(f, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks
         yield
+
+
+def is_locked(path):
+    with open(path, "ab") as f, contextlib.suppress(BlockingIOError):
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    return True
 
 
 def load_manifest(cache):
@@ -175,7 +185,6 @@ def open_cache(cache):
 
 
 def constants():
-    """{name: value} of the constants in force."""
     return open_cache(cache_dir())["constants"]
 
 
@@ -187,10 +196,11 @@ def __getattr__(name):
 
 
 def fingerprint():
-    """12 hex digits over this file up to the night, PyTorch, constants and text. Two values of val_bpb compare only if
-    it is the same."""
-    code = Path(__file__).read_text(encoding="utf-8").partition("\n# Night")[0]
-    return cache_key(code, torch.__version__, constants(), open_cache(cache_dir())["seal"])
+    """12 hex digits over this file up to the night, PyTorch, the kind of GPU, constants and text. Two values of val_bpb
+    compare only if it is the same."""
+    code, device = Path(__file__).read_text(encoding="utf-8").partition("\n# Night")[0], get_device().type
+    device = torch.cuda.get_device_name() if device == "cuda" else device
+    return cache_key(code, torch.__version__, device, constants(), open_cache(cache_dir())["seal"])
 
 
 # -----------------------------------------------------------------------------
@@ -220,7 +230,8 @@ class Corpus:
         position = 0  # of a piece, in characters of the whole text
         for text in self.texts(split):
             for piece in cut(text, self.length):
-                if piece.strip() and not (self.shared and (position < self.border) != (split == "train")):
+                side = split if not self.shared else "train" if position < self.border else "val"
+                if side == split and piece.strip():
                     yield piece
                 position += len(piece)
 
@@ -280,10 +291,12 @@ def read_rows(path, column):
             yield {column: rest}
 
 
-def flat(row):
+def flat(row, prefix=""):
     """{"a.b": 1} of {"a": {"b": 1}}."""
-    inner = {key: flat(value) if isinstance(value, dict) else {"": value} for key, value in row.items()}
-    return {f"{key}.{name}".rstrip("."): value for key, values in inner.items() for name, value in values.items()}
+    cells = {}
+    for key, value in row.items():
+        cells |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return cells
 
 
 def read_lines(path):
@@ -296,16 +309,20 @@ def read_table_file(path, kind):
     """Yields the rows of a .csv or .tsv file, whose first line names the columns. Quotation marks enclose cells. Where
     tabs separate and the marks do not close, or enclose whole rows, they are text."""
     csv.field_size_limit(sys.maxsize)  # a document may have more than its 131,072 characters
-    header, rows = next(read_lines(path), ""), 0
+    header = next(read_lines(path), "")
     separator = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
-    tabs, separator = separator == "\t", separator if separator in header else "\x1f"  # a single column has none
-    lines = [line.count(separator) for line in read_lines(path)]
-    with contextlib.suppress(csv.Error):  # raised again below, where it has its row
-        rows = sum(1 for _ in csv.reader(read_lines(path), delimiter=separator, strict=True))
-    swallowed = rows + 10 < len(lines) and {*lines} == {header.count(separator)} != {0}
-    if rows and swallowed and not tabs:
+    tabs = separator == "\t"
+    if separator not in header:
+        separator = "\x1f"  # a single column: commas are text
+    closes = swallowed = False
+    with contextlib.suppress(csv.Error, UnicodeDecodeError):  # raised again below, where it has its row
+        for cells in csv.reader(read_lines(path), delimiter=separator, strict=True):
+            inner = [[line.count(separator) for line in cell.split("\n")[1:-1]] for cell in cells]
+            swallowed |= any(len(counts) > 10 and {*counts} == {header.count(separator)} - {0} for counts in inner)
+        closes = True
+    if closes and swallowed and not tabs:
         raise ValueError("quotation marks enclose whole rows: one may not be closed")
-    quoting = csv.QUOTE_NONE if tabs and (swallowed or not rows) else csv.QUOTE_MINIMAL
+    quoting = csv.QUOTE_NONE if tabs and (swallowed or not closes) else csv.QUOTE_MINIMAL
     for row in csv.DictReader(read_lines(path), delimiter=separator, quoting=quoting, strict=True):
         if any(row.pop(None, ())):
             raise ValueError("it has more cells than the first line has names")
@@ -330,10 +347,10 @@ def source_corpus(length=DOCUMENT_CHARS):
             if path.is_file() and not {"site-packages", "dist-packages"} & set(name.parts):
                 files[str(name)] = path
     names = sorted(files, key=cache_key)
-    val = [files[name] for name in names if cache_key(Path(name).parts[0].removesuffix(".py"))[0] == "1"]
-    train = [path for path in map(files.get, names) if path not in {*val}]
+    val = {files[name]: name for name in names if cache_key(Path(name).parts[0].removesuffix(".py"))[0] == "1"}
+    train = [files[name] for name in names if files[name] not in val]
     note = f"Python source: {len(train):,} files, validation {len(val):,} files of other packages"
-    return Corpus(train, val, note, length=length)
+    return Corpus(train, list(val), note, length=length)
 
 
 def own_corpus(path, column, length=DOCUMENT_CHARS):
@@ -364,9 +381,9 @@ def climbmix_corpus(folder, num_shards, workers):
     numbers = range(LAST_SHARD)[: num_shards if num_shards >= 0 else None]
     names = [f"shard_{number:05d}.parquet" for number in numbers] + [VAL_SHARD]
     download_shards(names, folder, workers)
-    paths = [folder / name for name in names]
     note = f"climbmix: {len(numbers):,} training shard(s), validation {VAL_SHARD}"
-    return Corpus(paths[:-1], paths[-1:], note, length=None)  # whole documents, as the original has them
+    train = [folder / name for name in names[:-1]]
+    return Corpus(train, [folder / VAL_SHARD], note, length=None)  # whole documents, as the original has them
 
 
 # -----------------------------------------------------------------------------
@@ -436,14 +453,13 @@ def fetch_shard(name, folder, endpoint):
 
 
 # -----------------------------------------------------------------------------
-# Tokenizer
+# Tokenizer and token files
 
 
 class Tokenizer:
     """Byte-level BPE, trained with rustbpe, run by tiktoken, stored as plain ranks.
 
-    Every text comes back from its tokens, NULs and the spelling of special tokens included (they are ordinary text
-    here). The one exception is a lone surrogate: it is no character, and becomes U+FFFD."""
+    Every text comes back from its tokens, but for lone surrogates (U+FFFD). How a special token is spelled is text."""
 
     def __init__(self, ranks):  # ranks: list of bytes; a token's index is its id; special tokens follow
         self.ranks = ranks
@@ -508,11 +524,10 @@ def split_long_runs(text):
 
 def sample_texts(documents):
     """The beginnings of the documents, TOKENIZER_CHARS characters together."""
-    total = 0
+    left = TOKENIZER_CHARS
     for text in documents:
         yield text[:TOKENIZER_DOC_CHARS]
-        total += len(text[:TOKENIZER_DOC_CHARS])
-        if total >= TOKENIZER_CHARS:
+        if (left := left - len(text[:TOKENIZER_DOC_CHARS])) <= 0:
             return
 
 
@@ -521,12 +536,8 @@ def get_token_bytes(device="cpu"):
     return torch.from_numpy(Tokenizer.from_directory().token_bytes()).to(device=device, dtype=torch.int32)
 
 
-# -----------------------------------------------------------------------------
-# Token files: all token ids of a split, uint16. Each document begins with a BOS, and so does the file
-
-
 def write_tokens(tokenizer, documents, path):
-    """Tokenize on all cores into `path`."""
+    """Tokenize on all cores into `path`: all token ids of a split, uint16. Each document begins with a BOS."""
     documents, encode = iter(documents), partial(tokenizer.encode, prepend=tokenizer.get_bos_token_id())
     with ThreadPoolExecutor(os.cpu_count()) as pool, atomic_write(path) as tokens:
         while texts := list(islice(documents, 256 * os.cpu_count())):
@@ -584,10 +595,9 @@ def check_gpu(device, scale, training):
 
 def peak_memory_mb():
     """Peak memory in MiB: allocated on a CUDA GPU, held by the driver for MPS, resident on a CPU."""
-    device = get_device()
-    if device.type == "cuda":
+    if get_device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    if device.type == "mps":
+    if get_device().type == "mps":
         return torch.mps.driver_allocated_memory() / 2**20  # it keeps what it had at the peak
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
@@ -617,10 +627,9 @@ def pack_rows(tokens, T, forever):
                 buffer = sorted(buffer + more)
             if not buffer:
                 return
-            i = bisect_left(buffer, (room + 1,))  # the first that is too long: a shorter tuple sorts before longer ones
-            if i:
-                i = bisect_left(buffer, (buffer[i - 1][0],))  # the first of the longest that fit
-            length, number, start = buffer.pop(i)
+            fit = bisect_left(buffer, (room + 1,))  # so many are short enough
+            longest = bisect_left(buffer, (buffer[fit - 1][0],)) if fit else 0  # the first of that length, else cropped
+            length, number, start = buffer.pop(longest)
             row.append((start, min(length, room)))
             room, epoch = max(room - length, 0), max(epoch, number)
         yield row, epoch
@@ -648,9 +657,8 @@ def make_dataloader(tokenizer, B, T, split, device=None):
     """Yields (x, y, epoch) forever: int64 tensors (B, T) on `device`, by default get_device(); y follows x by a token.
 
     Every row starts with BOS and is packed as `pack_rows` says. The same split, B and T give the same batches. A batch
-    that was handed out never changes. The first one starts the clock, one of training also goes on with it after an
-    evaluation. One of validation before the evaluation makes the run void. Raises PrepareError, or ValueError for an
-    impossible B, T or split."""
+    that was handed out never changes. The first one starts the clock. A training batch after an evaluation continues
+    it, a validation batch before the evaluation makes the run void. Raises PrepareError, ValueError for B, T, split."""
     if B < 1 or T < 1:
         raise ValueError(f"make_dataloader needs B ≥ 1 and T ≥ 1, got B={B}, T={T}")
     tokens = read_tokens(split)
@@ -697,21 +705,20 @@ def batches(tokens, B, T, device):
 class Clock:
     """The time that a model has to learn in, from the first batch of make_dataloader to the beginning of evaluation.
 
-    Everything in between counts. Another batch or evaluation after that continues the time as if it had never stopped.
-    Nothing here sees what a run computes before its first batch. `val_bpb` is the number of the last evaluation, None
-    before it and if it failed."""
+    Another batch or evaluation after that continues the time as if it had never stopped. What a run computes before its
+    first batch is not seen. `val_bpb` is the number of the last evaluation, None before it and if it failed."""
 
     def __init__(self):
         self.started = self.stopped = self.val_bpb = None
         self.val_seen = self.val_seen_before = False  # was validation text handed out, and before the evaluation?
-        self.asked, self.in_step = [0.0], False  # seconds() at the ends of the last steps; a batch came since then?
+        self.step_ends, self.batch_since = [0.0], False  # seconds() at the last ends of steps; a batch came since then?
 
     def start(self):
         if self.started is None:
             self.started = time.monotonic()
             if get_device().type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # the warm-up's attempts are not the run's memory
-        self.stopped, self.in_step = None, True
+        self.stopped, self.batch_since = None, True
 
     def begin_evaluation(self):
         self.val_bpb, self.val_seen_before = None, self.val_seen
@@ -736,9 +743,9 @@ class Clock:
         """Asked before each step: is the budget used, or would another step end beyond the limit?
 
         The next step is expected to take as long as the quicker one of the last two: one that compiles says nothing."""
-        if self.in_step:
-            self.asked, self.in_step = [*self.asked[-2:], self.seconds()], False
-        steps = [after - before for before, after in pairwise(self.asked)]
+        if self.batch_since:
+            self.step_ends, self.batch_since = [*self.step_ends[-2:], self.seconds()], False
+        steps = [after - before for before, after in pairwise(self.step_ends)]
         step = 1.1 * min(steps) if len(steps) == 2 else 0.0  # no two take the same time
         return self.progress() >= 1.0 or self.seconds() + step > self.limit()
 
@@ -831,8 +838,6 @@ def report(val_bpb, *, mfu_percent, total_tokens, num_steps, num_params, depth, 
 def evaluate_bpb(model, tokenizer, batch_size, device=None):
     """Bits per byte of the validation text: Σ nats / (ln 2 · Σ bytes). Stops the clock. The last call counts.
 
-    In a night the number is left for the harness here, whatever is printed later. device: by default get_device().
-
     `model(x)`, x int64 (batch_size, MAX_SEQ_LEN), returns the logits (batch_size, MAX_SEQ_LEN, V), finite, of any
     floating-point type. It never sees the targets: the softmax is done here, in float32, the sums in float64.
     The first EVAL_TOKENS / MAX_SEQ_LEN validation rows are scored, each exactly once whatever `batch_size` is: the last
@@ -871,8 +876,7 @@ def evaluate_bpb(model, tokenizer, batch_size, device=None):
             model.train()
 
 
-CAUSALITY_ROWS = 64  # validation rows on which causality is checked, each at a random position of its own
-CAUSALITY_ROWS_PER_BATCH = 16  # at most: their logits are kept for the comparison
+CAUSALITY_ROWS, CAUSALITY_ROWS_PER_BATCH = 64, 16  # rows on which causality is checked; of a batch, as logits are kept
 CAUSALITY_TOLERANCE = 1e-3  # logits; a smaller leak is worth less than the noise of a seed
 ROWS_PER_LOSS = 8  # rows of logits that are scored in one call: fewer take more calls, more take more memory
 
@@ -954,7 +958,7 @@ def check_causality(model, x, row_ids, ref_logits, V, rng):
 
 
 # -----------------------------------------------------------------------------
-# Preparation
+# Preparation and command line
 
 
 def prepare(args):
@@ -1052,10 +1056,6 @@ def write_manifest(cache, args, paths):
                 path.unlink()
 
 
-# -----------------------------------------------------------------------------
-# Command line
-
-
 def positive(text):
     """A whole number of 1 or more. argparse makes an error of a ValueError."""
     if int(text) < 1:
@@ -1118,12 +1118,17 @@ def main(argv=None):
 #   TREE/run.py, .log  the train.py of its commit, and what it prints; a local supervisor locks the log while it lives
 #   TREE/run.….end     by supervise(): null, at the end {problems, and with a number val_bpb, memory_gb, harness, …}
 #   TREE/edit-….patch  by lay_aside(): an edit of train.py that had no commit when the tree had to move
+#
+# A plan gives each tree the Row that its run will have. The same table and commits give the same plan, so a run that
+# was begun is known by its Row. If run.json has another Row, the run is started. If it has this one: the run has ended
+# where run.….end says how; it goes on while it is supervised; else it was cut off, and is started again.
 
-TABLE, TIME = Path("results.tsv"), "%Y-%m-%dT%H:%M:%SZ"
+TABLE = Path("results.tsv")
 EDIT = "status --porcelain -uno -- train.py".split()  # git says whether train.py has an edit without a commit
 BASELINES = 3  # runs of the baseline, at least; with several GPUs one more
 CHECK_RUNS, CHECK_SEED = 3, 100  # seeds of a check; the lowest one. An idea has seed 0, the baseline 0, 1, 2, …
 GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before it is ended
+STARTS = 3  # of a run that ends without a word, before it counts as a crash
 WAIT = 45  # seconds that `run` waits: many agents' shells end a command after a minute
 PAUSE, BEAT = 10, 3  # seconds between two passes of the loop; between two looks of a supervisor
 
@@ -1142,9 +1147,9 @@ def run_night(check, wait, sbatch):
                 return check_text(night) if check else idea_text(night)
             begun = [tree for tree, row in plan.items() if runs[tree]["row"] == row]
             ended = [tree for tree in begun if runs[tree]["end"]]
-            for tree in plan:
-                if tree not in ended and not (tree in begun and tree in alive):
-                    start(tree, plan[tree], night.trees, runs[tree], sbatch)
+            for tree, row in plan.items():
+                if tree not in begun or tree not in ended + alive:
+                    start(tree, row, night.trees, runs[tree], sbatch)
             if len(ended) == len(plan):
                 record(night, {tree: runs[tree] for tree in plan})
                 continue
@@ -1177,9 +1182,6 @@ class Row(NamedTuple):
         return "\t".join([self.commit, f"{self.val_bpb:.6f}", f"{self.memory_gb:.1f}", *map(str, self[3:])][:columns])
 
 
-HEADER = "\t".join(Row._fields)
-
-
 def is_simpler(row):
     return row.description.lower().startswith("simpler")
 
@@ -1190,17 +1192,19 @@ def is_check(row):
 
 def read_table():
     """The rows of all nights. Raises PrepareError if results.tsv is another table."""
-    kinds = Row.__annotations__.values()
-    with contextlib.suppress(ValueError):
-        header, *lines = (TABLE.read_text(encoding="utf-8") if TABLE.exists() else HEADER).splitlines()
-        if header == HEADER:
-            return [Row(*(kind(cell) for kind, cell in zip(kinds, line.split("\t"), strict=True))) for line in lines]
-    raise PrepareError(f"{TABLE} is no table of this prepare.py: give it another name, results-….tsv")
+    kinds, names = Row.__annotations__.values(), "\t".join(Row._fields)
+    lines = TABLE.read_text(encoding="utf-8", errors="replace").splitlines() if TABLE.exists() else [names]
+    if lines[:1] != [names]:
+        raise PrepareError(f"{TABLE} is no table of this prepare.py: give it another name, results-….tsv")
+    try:
+        return [Row(*(kind(cell) for kind, cell in zip(kinds, line.split("\t"), strict=True))) for line in lines[1:]]
+    except ValueError as error:
+        raise PrepareError(f"{TABLE} has a damaged line ({error}): mend it, only there the night is written") from error
 
 
 def write_table(rows):
     with atomic_write(TABLE) as f:
-        f.write("".join(f"{line}\n" for line in [HEADER, *(row.line() for row in rows)]).encode())
+        f.write("".join(f"{line}\n" for line in ["\t".join(Row._fields), *(row.line() for row in rows)]).encode())
 
 
 class Night(NamedTuple):
@@ -1248,13 +1252,16 @@ def commit_of(tree, name="HEAD"):
 
 
 def idea_commits(tree, night):
-    """The commits above the head that change train.py, the last one first."""
-    found = git("log", "--format=%H", f"{night.head}..", "--", "train.py", tree=tree)
+    """The commits above the head, the last one first: in the clone, where a human may commit, those of train.py."""
+    others = [f"^{commit_of('.')}"] if str(tree).startswith(".waves") else ["--", "train.py"]
+    found = git("log", "--format=%H", "HEAD", f"^{night.head}", *others, tree=tree)
     return [commit[:7] for commit in found.split()]
 
 
 def align_git(night):
-    """Make git say what the table says: tags, branch, worktrees. What was cut off goes on."""
+    """Make git say what the table says. What is rejected has a tag, and leaves the branch: it is the last commit, or
+    lies below commits of the human. What was kept in a worktree comes into the branch, and the worktrees follow it. An
+    idea that has no row stays where it is."""
     tags = git("tag", "--list", "tried/*").split()
     for commit in night.rejected - {tag.removeprefix("tried/") for tag in tags}:
         git("tag", "--no-sign", f"tried/{commit}", commit)
@@ -1264,15 +1271,15 @@ def align_git(night):
         move(".", "HEAD~1")
     found = idea_commits(".", night)
     if not {*found} <= night.rejected:
-        return  # an idea that has no row
-    if found:  # below commits of the human
+        return
+    if found:
         lay_aside(".")
         git("rebase", "-q", "--autostash", "--onto", f"{found[0]}~1", found[0])
-    if git("merge-base", "HEAD", night.head)[:7] != night.head:  # it was kept in a worktree
+    if git("merge-base", "HEAD", night.head)[:7] != night.head:
         lay_aside(".")
-        git("merge", "-q", "--no-edit", "--ff", night.head)  # perhaps the human has committed here
+        git("merge", "-q", "--no-edit", "--ff", night.head)
     for tree in night.trees:
-        if {*idea_commits(tree, night)} <= night.rejected:  # an idea that has no row stays
+        if {*idea_commits(tree, night)} <= night.rejected:
             move(tree, commit_of("."))
 
 
@@ -1286,7 +1293,7 @@ def move(tree, target):
 def lay_aside(tree):
     """If train.py has an edit without a commit, put it into a patch beside it. The same edit has the same name."""
     if git(*EDIT, tree=tree):
-        git("add", "train.py", tree=tree)  # with the marks of a conflict, if there is one
+        git("add", "--all", "train.py", tree=tree)  # with the marks of a conflict, if there is one
         draft = Path(tree) / "edit.patch"
         with open(draft, "wb") as f:
             git("diff-index", "--cached", "--patch", "--binary", "HEAD", "train.py", tree=tree, stdout=f)
@@ -1302,14 +1309,17 @@ def plan_runs(night, runs, check):
     """{tree: Row} of the runs that the night needs now, {} if it needs an idea. runs: {tree: what read_run() says}."""
     begun = {tree: run["row"] for tree, run in runs.items() if run["row"]}
     begun = {tree: row for tree, row in begun.items() if (row.branch, row.wave) == (night.branch, night.wave)}
-    if len(night.rows) < BASELINES + (len(night.trees) > 1):
+    numbers = [row for row in night.rows if row.status == "keep"]
+    if night.head == night.base and len(numbers) < BASELINES + (len(night.trees) > 1):
         # It stays where it was begun: an idea may have been committed since
-        base = night.base or [*(row.commit for row in begun.values()), commit_of(".")][0]
+        base = night.base or next((row.commit for row in begun.values()), None) or commit_of(".")
         seeds = count(len(night.rows))
         return {tree: night.planned_row(base, i, f"baseline, seed {i}") for tree, i in zip(night.trees, seeds)}
     checks = dict(zip(night.trees, plan_check(night)))
-    rest = {tree: row for tree, row in checks.items() if begun.get(tree) == row}  # a check that was begun ends
-    return rest or plan_ideas(night, begun) or (checks if check else {})
+    ending = {tree: row for tree, row in checks.items() if begun.get(tree) == row}
+    if ending or not check:
+        return ending or plan_ideas(night, begun)
+    return plan_ideas(night, begun) or checks
 
 
 def plan_check(night):
@@ -1334,6 +1344,8 @@ def plan_ideas(night, begun):
             idea, first, mend = found[0], found[-1], ""
             if tree not in night.trees:
                 mend = f"`git -C .waves/1 cherry-pick {first}`, then `{typed} reset --keep {first}~1`"
+            elif first in night.rejected:
+                mend = f"`{typed} rebase --onto {first}~1 {first}`"
             elif git("merge-base", "HEAD", night.head, tree=tree)[:7] != night.head:
                 mend = f"`{typed} rebase --onto {night.head} {idea}~1`"
             elif len(found) > 1 or git("diff", "--name-only", f"{idea}~1", idea, "--", ".", ":!train.py", tree=tree):
@@ -1375,24 +1387,19 @@ def going(trees):
     return [tree for tree, run in runs.items() if run.get("slurm") in known or is_locked(tree / "run.log")]
 
 
-def is_locked(path):
-    with open(path, "ab") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def start(tree, row, trees, before, sbatch):
     """Start a run in the background, as a process or as a job of Slurm. before: what read_run() says of the tree."""
     log, env = tree / "run.log", os.environ | (own_gpu(tree, trees) if sbatch is None else {})
-    for file in (log, *tree.glob("run.*.*")):  # what an earlier run left behind writes on into the old ones
+    starts = before["starts"] + 1 if before["row"] == row else 1
+    if starts > STARTS:
+        text = f"its supervisor was ended {STARTS} times (by your shell? Then `--wait 900`): {last_words(tree)}"
+        return write_json(tree / f"run.{before['started']}.end", {"problems": [text]})
+    for file in (log, *tree.glob("run.*.*")):  # processes of an earlier run may still write into them
         file.unlink(missing_ok=True)
     with open(tree / "run.py", "wb") as f:
         git("show", f"{row.commit}:./train.py", tree=tree, stdout=f)
-    run = {"row": row, "started": time.time(), "starts": 1 + before["starts"] * (before["row"] == row)}
-    write_json(tree / f"run.{run['started']}.end", None)  # a network disk has news of a file before it has a new file
+    run = {"row": row, "started": time.time(), "starts": starts}
+    write_json(tree / f"run.{run['started']}.end", None)  # later it is only replaced: NFS may hide a new name a while
     write_json(tree / "run.json", run)
     command = [sys.executable, __file__, "supervise", str(tree), str(run["started"])]
     if sbatch is None:
@@ -1429,7 +1436,7 @@ def supervise(tree, started):
     popen = partial(subprocess.Popen, start_new_session=True)  # a process group of its own
     run = popen([sys.executable, "run.py"], cwd=tree, env=os.environ | env, stdin=subprocess.DEVNULL)
     # If this process dies, however it does, the pipe closes. Then the shell kills the run and its children
-    end = popen(["sh", "-c", f"read line; kill -9 -{run.pid}"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    killer = popen(["sh", "-c", f"read line; kill -9 -{run.pid}"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + limit
     while run.poll() is None and time.monotonic() < deadline:
         if str(read_run(tree)["started"]) != started:
@@ -1441,8 +1448,8 @@ def supervise(tree, started):
         run.send_signal(signal.SIGABRT)  # Python prints where it hangs
         time.sleep(BEAT)
     elif run.returncode == -signal.SIGTERM:
-        time.sleep(2)  # a cluster ends the whole job: the next signal is for this process
-    end.communicate()
+        time.sleep(2)  # if a cluster ends the job, it now ends this process too, and the run is no crash
+    killer.communicate()
     problem = f"hang: no end after {limit} s" if hangs else last_words(tree, run.wait())
     if not report.exists():
         write_json(report, {"problems": [problem]})
@@ -1458,11 +1465,6 @@ def last_words(tree, status=0):
     errors = [line for line in lines if ERROR.match(line)] if status else []
     killed = f"killed by {signal.Signals(-status).name}: " if status < 0 and not errors else ""
     return one_line(killed + (errors or lines)[-1])
-
-
-def one_line(text):
-    """At most 120 printable characters: a row or a message must not flood the agent that reads it."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())[:120]
 
 
 # -----------------------------------------------------------------------------
@@ -1522,8 +1524,8 @@ def record(night, runs):
     first, *others = [name for name in names if name] or [""]
     why = "undo what has changed in prepare.py, PyTorch or the prepared text"
     void = [f"the harness is {other}, that of the baseline {first}: {why}" for other in others]
-    baseline = [end for row, end in ended if row.status == "keep" and not is_check(row)]
-    void += [f"the baseline has no number ({end['problems'][0]})" for end in baseline if end["problems"]]
+    if not night.base and all(end["problems"] for _, end in ended):
+        void.append(f"the baseline has no number ({ended[0][1]['problems'][0]})")
     if void:
         for tree in runs:
             (tree / "run.json").unlink()
@@ -1536,7 +1538,7 @@ def record(night, runs):
             steps = f", {end['num_steps']} steps" if "num_steps" in end else ""
             numbers = dict(val_bpb=float(end["val_bpb"]), memory_gb=float(end["memory_gb"]), harness=end["harness"])
             row = row._replace(description=row.description + steps, **numbers)
-        new.append(row._replace(time=time.strftime(TIME, time.gmtime())))
+        new.append(row._replace(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())))
     below = [row for row in new if row.status == "discard" and row.val_bpb < next_bar(night.rows).of(row)]
     best = min(below, key=lambda row: row.val_bpb, default=None)
     write_table(read_table() + [row._replace(status="keep") if row is best else row for row in new])
@@ -1549,19 +1551,16 @@ def record(night, runs):
 def idea_text(night):
     """What an agent must know before its next idea: the bar, the rows of the last wave, and what follows from them."""
     last = [row for row in night.rows if row.wave == night.rows[-1].wave]
-    earlier = night.rows[: -len(last)]
-    then, now = next_bar(earlier), next_bar(night.rows)
+    then, now = next_bar(night.rows[: -len(last)]), next_bar(night.rows)  # the bar of the last wave, and the next one
     bars = f"keep below {now.limit(simpler=False):.6f}, simpler code below {now.limit(simpler=True):.6f}"
     lines = [f"idea: head {now.head:.6f}, margin {now.margin:.6f}, n {now.n}: {bars}"]
     lines += [row.line(5) for row in last]
-    missed = [row for row in last if row.status == "discard"]
+    missed = sorted((row for row in last if row.status == "discard"), key=lambda row: row.val_bpb)
     below = [f"tried/{row.commit}" for row in missed if row.val_bpb < then.of(row)]
+    below = below if "keep" in [row.status for row in last] else below[1:]  # the best was taken back
     near = [f"tried/{row.commit}" for row in missed if then.of(row) <= row.val_bpb < then.head]
-    lines += [f"below the bar, not kept: {' '.join(below)}: together one of the next ideas"] if below else []
+    lines += [f"also below the bar: {' '.join(below)}: on the new head one of the next ideas"] if below else []
     lines += [f"near miss, better than head was: {' '.join(near)}"] if near else []
-    changed = [time.strftime(TIME, time.gmtime(page.stat().st_mtime)) for page in Path().glob("program.md")]
-    if earlier and changed >= [earlier[-1].time]:
-        lines.append('note: program.md has changed: read its section "From the human" again')
     for tree in sorted({Path(), *night.trees}):
         if git(*EDIT, tree=tree):
             lines.append(f"note: {tree / 'train.py'} has an edit without a commit: it did not run")

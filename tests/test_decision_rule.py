@@ -259,8 +259,6 @@ if __name__ == "__main__":
         gain, keeps, useless, *_ = after_waves(Nights(), **rule)[-1]
         shares = f"{gain / greed:12.1%} {keeps:6.1f} {useless / keeps:8.1%} {null_keeps(1, **rule):16.2f}"
         print(f"{name:36} {gain:5.2f}{shares}")
-    keeps = (f"{K} GPUs {null_keeps(K, 500):.2f}" for K in (2, 8, 16))
-    print("\nkeeps in a null night of 100 waves:", *keeps, sep="  ")
     for name, ideas in STRESS.items():
         gain, keeps, useless, *_ = after_waves(Nights(**ideas))[-1]
         print(f"\n{name}; one GPU gains {gain:.2f} in 100 runs, {useless / keeps:.1%} of its keeps are useless")

@@ -5,7 +5,6 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -20,8 +19,7 @@ import train
 
 V, T = 64, 16
 TINY = replace(train.FULL, DEPTH=4, ASPECT_RATIO=8, HEAD_DIM=8, VE_GATE_CHANNELS=8)  # width 32, 4 heads
-CPU, CUDA = map(torch.device, ("cpu", "cuda"))
-CPU_HAS_BFLOAT16 = train.CPU_HAS_BFLOAT16  # of this machine: the tests change it
+CPU = torch.device("cpu")
 WINDOWS = (0, 1, T // 2, T - 2, T - 1, T)
 
 # float32 rounds at 6e-8; a sum of tens of terms of order 1 to 10 stays ten times under this
@@ -196,34 +194,6 @@ def test_one_answer_decides_about_bfloat16(flash3, monkeypatch, works):
     loss = randomized(model)(x, x)
     assert seen == [wanted, wanted] and loss.dtype == model(x).dtype == torch.float32
     loss.backward()
-    monkeypatch.setattr(train, "CPU_HAS_BFLOAT16", False)
-    exact = make_model()
-    exact.load_state_dict(model.state_dict())
-    # measured: 16 bits change this loss by 0.09 %, a window that is one key shorter by 1.1 %
-    assert loss.item() == pytest.approx(exact(x, x).item(), rel=0.004)
-
-
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="another system")
-def test_a_cpu_computes_in_bfloat16_if_it_multiplies_in_it():
-    assert ("avx512_bf16" in Path("/proc/cpuinfo").read_text()) == CPU_HAS_BFLOAT16
-
-
-def test_compiled_code_may_ask_whether_bfloat16_works(monkeypatch):
-    """On a simulated GPU: the compiler takes the answer for a constant, without a graph break."""
-    from torch._dynamo.variables.constant import common_constant_types
-
-    Properties = type("Properties", (), {})
-    common_constant_types.add(Properties)  # as the class of the real properties is, which has no constructor
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "_get_device_index", lambda *_, **__: 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "_get_device_properties", lambda _: Properties(), raising=False)
-    options = dict(backend="eager", fullgraph=True)
-    half = torch.compile(lambda x: x.bfloat16() if train.computes_in_bfloat16(CUDA) else x, **options)
-    for major, dtype in ((7, torch.float32), (8, torch.bfloat16)):
-        torch.compiler.reset()
-        Properties.major = major
-        assert half(torch.zeros(2)).dtype == dtype
 
 
 # -----------------------------------------------------------------------------
@@ -299,17 +269,6 @@ def test_model_against_its_formulas_in_float64(n_kv_head):
     torch.testing.assert_close(model(x).double(), wanted, atol=1e-4, rtol=1e-4)
     loss = -wanted.log_softmax(-1).gather(-1, y[..., None]).mean()
     torch.testing.assert_close(model(x, y).double(), loss, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("n_kv_head", [0, 2])
-def test_model_is_causal_and_keeps_rows_apart(n_kv_head):
-    model, x = randomized(make_model(replace(TINY, N_KV_HEAD=n_kv_head))), make_tokens()
-    changed = x.clone()
-    changed[0, 9:] = (x[0, 9:] + 1) % V
-    before, after = model(x), model(changed)
-    torch.testing.assert_close(after[0, :9], before[0, :9], **FLOAT32)
-    torch.testing.assert_close(after[1:], before[1:], **FLOAT32)
-    assert ((after - before)[0, 9:].abs().amax(-1) > 0.1).all()
 
 
 def test_model_overfits_one_batch():

@@ -50,7 +50,7 @@ import json, os, pathlib, signal, subprocess, sys, time
 where, began = os.environ.get("SLURMD_NODENAME", "here") + ":" + os.environ.get("CUDA_VISIBLE_DEVICES", ""), time.time()
 path, seed = pathlib.Path(os.environ["AUTORESEARCH_REPORT"]), int(os.environ["SEED"])
 run = json.loads(pathlib.Path("run.json").read_text())["row"]
-with open("../starts", "a") as starts:
+with open(os.environ["STARTS"], "a") as starts:
     starts.write(f"{{run[0]}} {{seed}} {{os.getpid()}}\\n")
 report = dict(memory_gb="0.5", num_steps=9, attention="sdpa", harness="0123456789ab", problems=[])
 print("step 1", flush=True)
@@ -87,7 +87,7 @@ class Clone:
         )
         uv.chmod(0o755)
         self.env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        self.env |= {"AUTORESEARCH_CACHE": str(cache), "GIT_CONFIG_GLOBAL": os.devnull}
+        self.env |= {"AUTORESEARCH_CACHE": str(cache), "GIT_CONFIG_GLOBAL": os.devnull, "STARTS": f"{folder}-starts"}
         self.sh("git init -q -b main && git config user.name agent && git config user.email a@example.org")
         self.sh("git add -A && git commit -qm start")
 
@@ -137,10 +137,8 @@ class Clone:
 
     def starts(self, commit=None):
         """[[commit, seed, pid] of each start]"""
-        path = next(
-            (path for path in (self.folder / ".waves/starts", self.folder.parent / "starts") if path.exists()), None
-        )
-        lines = [line.split() for line in path.read_text().splitlines()] if path else []
+        path = Path(self.env["STARTS"])
+        lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
         return [line for line in lines if commit in (None, line[0])]
 
     def wait(self, condition, seconds=90):
@@ -263,9 +261,9 @@ def test_a_real_run(tmp_path, session_cache):
     clone = Clone(tmp_path / "clone", session_cache, (ROOT / "train.py").read_text(encoding="utf-8"))
     clone.env["CUDA_VISIBLE_DEVICES"] = ""
     clone.sh("git switch -q -c autoresearch/t")
-    assert clone.run().startswith("idea: head ")
+    while not (clone.folder / "results.tsv").exists():
+        clone.sh(f"{RUN} --wait 1; {LOOK}")
     assert re.fullmatch(r"\w{7} \d\.\d{6} \d\.\d keep baseline, seed 0, \d+ steps", " ".join(clone.rows()[1][:5]))
-    assert "\nharness: " in clone.sh(LOOK) and "attention: sdpa" in clone.sh(LOOK)
 
 
 def test_what_was_cut_off_starts_again_and_nothing_of_it_lives_on(clone):
@@ -380,7 +378,7 @@ def test_the_human_commits_in_the_night(clone):
     clone.sh("echo >> program.md && git commit -qam before")
     clone.commit(0.9, "under", "time.sleep(1)")
     clone.sh("echo >> program.md && git commit -qam after")
-    assert 'read its section "From the human" again' in clone.run()
+    clone.run()
     assert clone.rows()[-1][3:5] == ["keep", "under, 9 steps"] and clone.sh("git log --format=%s -n 1") == "after\n"
     assert clone.idea(1.2, "next")[3] == "discard" and clone.sh("git log --format=%s -n 1") == "after\n"
     clone.commit(1.2, "worse")
@@ -395,10 +393,11 @@ def test_a_table_or_a_run_of_another_kind(clone):
     clone.idea(1.2, "worse")
     table, run = clone.folder / "results.tsv", clone.folder / "run.json"
     rows, facts = table.read_bytes(), json.loads(run.read_text())
-    for other in (b"", rows.decode().encode("utf-16"), b"commit\n"):
+    wrong = dict.fromkeys([b"", rows.decode().encode("utf-16"), b"commit\n"], "is no table of this prepare.py")
+    for other, why in (wrong | {rows[:-60]: "has a damaged line", rows + b"\n": "has a damaged line"}).items():
         table.write_bytes(other)
         printed = clone.run()
-        assert "results.tsv is no table of this prepare.py" in printed and printed.count("\n") == 1
+        assert f"results.tsv {why}" in printed and printed.count("\n") == 1
     table.write_bytes(rows)
     for other in (facts | {"row": facts["row"][:-1]}, {"row": 5}, [], {}):
         run.write_text(json.dumps(other))
@@ -435,39 +434,39 @@ def test_what_is_committed_during_a_run_costs_it_nothing(clone):
     mend = re.findall("`(git -C [^`]*)`", clone.run())
     assert clone.rows()[-1][:1] + clone.rows()[-1][3:5] == [commit, "discard", "runs, 9 steps"]
     assert len(clone.starts(commit)) == 1
-    clone.sh(" && ".join(mend).replace("WHAT", "both"))
+    clone.sh(" && ".join(mend))
     clone.run()
-    assert clone.rows()[-1][3:5] == ["keep", "both, 9 steps"]
-    assert "+\n" in clone.sh("git diff HEAD program.md")  # of the human, and not lost
+    assert clone.rows()[-1][3:5] == ["keep", "too early, 9 steps"]
+    assert clone.sh("git log --format=%s -n 3").split("\n")[:2] == ["too early", "page"]
 
 
-def test_what_is_refused(clone):
+def test_what_is_refused_names_what_mends_it(clone):
     base = baseline(clone)
     clone.commit(0.9, "another cache", "report |= dict(harness='ba9876543210')")
-    assert "the harness is ba9876543210, that of the baseline 0123456789ab: undo" in clone.run()
-    assert "the harness is" in clone.run() and len(clone.starts(clone.head())) == 2 and len(clone.rows()) == 4
+    for starts in (1, 2):
+        assert "the harness is ba9876543210, that of the baseline 0123456789ab: undo" in clone.run()
+        assert len(clone.starts(clone.head())) == starts and len(clone.rows()) == 4
+
+    def mend():
+        printed = clone.run()
+        assert "an idea is one commit on top of" in printed
+        clone.sh(" && ".join(re.findall("`(git -C [^`]*)`", printed)).replace("WHAT", "mended"))
+
     clone.sh("git reset -q --hard HEAD~1 && echo >> README.md")
     clone.edit(0.9)
-    clone.sh("git commit -qam 'and another file'")
-    for fault in ("another file", "two commits", "not on top"):
-        printed = clone.run()
-        assert "an idea is one commit on top of" in printed, fault
-        mend = re.findall("`(git -C [^`]*)`", printed)
-        clone.sh("git stash -q; " * (fault == "not on top") + " && ".join(mend).replace("WHAT", "mended"))
-        clone.sh("git restore README.md")
-        if fault == "another file":
-            clone.edit(0.8)
-            clone.sh("git commit -qam 'a step more'")
-        elif fault == "two commits":
-            assert clone.run().startswith("idea: ") and clone.rows()[-1][3] == "keep"
-            clone.sh("git reset -q --hard HEAD~1")
-            clone.edit(0.5, name="MORE")
-            clone.sh("git commit -qam 'from the wrong commit'")
-    assert (
-        clone.run().startswith("idea: ")
-        and clone.rows()[-1][3] == "discard"
-        and base in clone.sh("git log --format=%h")
-    )
+    clone.sh("git commit -qam 'another file too'")
+    mend()
+    assert clone.sh("git diff --name-only HEAD") == "README.md\n"  # it is not lost
+    clone.edit(0.8)
+    clone.sh("git restore -S README.md && git restore README.md && git commit -qam 'two commits'")
+    mend()
+    assert clone.run().startswith("idea: ") and clone.rows()[-1][3:5] == ["keep", "mended, 9 steps"]
+    clone.sh("git reset -q --hard HEAD~1")
+    clone.edit(0.5, name="MORE")
+    clone.sh("git commit -qam 'from the wrong commit'")
+    mend()
+    assert clone.run().startswith("idea: ") and clone.rows()[-1][1:4:2] == ["1.303000", "discard"]
+    assert base in clone.sh("git log --format=%h")
     assert "invalid choice" in clone.sh("uv run prepare.py run twice 2>&1", ok=False)
 
 
