@@ -36,13 +36,13 @@ from bisect import bisect_left
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, partial
-from itertools import count, groupby, islice, pairwise, takewhile
+from itertools import count, cycle, groupby, islice, pairwise, takewhile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
-NIGHT = (["run"], ["discard"], ["supervise"])
-if __name__ != "__main__" or sys.argv[1:2] not in NIGHT:  # these commands need none of it: it takes seconds to import
+NIGHT = {"run", "discard", "supervise"}
+if __name__ != "__main__" or not NIGHT.intersection(sys.argv[1:2]):  # a night needs none of it, and it takes seconds
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -53,6 +53,7 @@ if __name__ != "__main__" or sys.argv[1:2] not in NIGHT:  # these commands need 
     from tqdm import tqdm
 
 IMPORTED_AT = time.monotonic()
+SOURCE = Path(__file__).read_text(encoding="utf-8").partition("\n# Night")[0]  # what a number depends on
 
 # -----------------------------------------------------------------------------
 # Constants
@@ -172,14 +173,14 @@ def seal(paths):
 
 
 @cache
-def open_cache(cache):
+def open_cache(folder):
     """The manifest, and what it names: "tokenizer", and "train" and "val", the tokens (memory-mapped, uint16).
 
     Opened once in a process: from then on no other prepare.py can take it away. Raises PrepareError for damage."""
-    manifest = load_manifest(cache)
+    manifest = load_manifest(folder)
     paths = manifest["files"]
     if seal(paths) != manifest["seal"]:
-        raise PrepareError(f"a file in {cache} is missing or damaged: `{manifest['command']}` makes it again")
+        raise PrepareError(f"a file in {folder} is missing or damaged: `{manifest['command']}` makes it again")
     tokens = {split: map_tokens(paths[split]) for split in ("train", "val")}
     return {**manifest, **tokens, "tokenizer": Tokenizer.load(paths["tokenizer"])}
 
@@ -198,9 +199,8 @@ def __getattr__(name):
 def fingerprint():
     """12 hex digits over this file up to the night, PyTorch, the kind of GPU, constants and text. Two values of val_bpb
     compare only if it is the same."""
-    code, device = Path(__file__).read_text(encoding="utf-8").partition("\n# Night")[0], get_device().type
-    device = torch.cuda.get_device_name() if device == "cuda" else device
-    return cache_key(code, torch.__version__, device, constants(), open_cache(cache_dir())["seal"])
+    device = torch.cuda.get_device_name() if get_device().type == "cuda" else get_device().type
+    return cache_key(SOURCE, torch.__version__, device, constants(), open_cache(cache_dir())["seal"])
 
 
 # -----------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class Corpus:
         position = 0  # of a piece, in characters of the whole text
         for text in self.texts(split):
             for piece in cut(text, self.length):
-                side = split if not self.shared else "train" if position < self.border else "val"
+                side = ("train" if position < self.border else "val") if self.shared else split
                 if side == split and piece.strip():
                     yield piece
                 position += len(piece)
@@ -312,13 +312,13 @@ def read_table_file(path, kind):
     header = next(read_lines(path), "")
     separator = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
     tabs = separator == "\t"
-    if separator not in header:
-        separator = "\x1f"  # a single column: commas are text
+    separator = separator if separator in header else "\x1f"  # a single column: commas are text
+    width = header.count(separator) or -1  # separators in a line that looks like a row
     closes = swallowed = False
     with contextlib.suppress(csv.Error, UnicodeDecodeError):  # raised again below, where it has its row
         for cells in csv.reader(read_lines(path), delimiter=separator, strict=True):
-            inner = [[line.count(separator) for line in cell.split("\n")[1:-1]] for cell in cells]
-            swallowed |= any(len(counts) > 10 and {*counts} == {header.count(separator)} - {0} for counts in inner)
+            inner = [cell.split("\n")[1:-1] for cell in cells]  # the whole lines inside a cell
+            swallowed |= any(len(part) > 10 and {line.count(separator) for line in part} == {width} for part in inner)
         closes = True
     if closes and swallowed and not tabs:
         raise ValueError("quotation marks enclose whole rows: one may not be closed")
@@ -627,11 +627,11 @@ def pack_rows(tokens, T, forever):
                 buffer = sorted(buffer + more)
             if not buffer:
                 return
-            fit = bisect_left(buffer, (room + 1,))  # so many are short enough
-            longest = bisect_left(buffer, (buffer[fit - 1][0],)) if fit else 0  # the first of that length, else cropped
-            length, number, start = buffer.pop(longest)
+            fitting = bisect_left(buffer, (room + 1,))  # the documents before this index fit whole
+            pick = bisect_left(buffer, (buffer[fitting - 1][0],)) if fitting else 0  # else the shortest, to be cropped
+            length, its_epoch, start = buffer.pop(pick)
             row.append((start, min(length, room)))
-            room, epoch = max(room - length, 0), max(epoch, number)
+            room, epoch = max(room - length, 0), max(epoch, its_epoch)
         yield row, epoch
 
 
@@ -887,15 +887,15 @@ def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
     rng = random.SystemRandom()  # not the seeded generator: a model can't foresee what is checked
     starts = range(0, len(rows), batch_size)
     rows_checked = max(1, min(CAUSALITY_ROWS_PER_BATCH, batch_size // 2))
-    checked = set(rng.sample(starts, min(-(-CAUSALITY_ROWS // rows_checked), len(starts))))
+    checked = set(rng.sample(starts, min(math.ceil(CAUSALITY_ROWS / rows_checked), len(starts))))
     accumulator = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
     nats = torch.zeros((), dtype=torch.float64, device=accumulator)
     total_bytes = torch.zeros((), dtype=torch.int64, device=accumulator)
     packed = np.empty((batch_size, T + 1), np.int64)
     for start in starts:
         batch = rows[start : start + batch_size]
-        # The shape never changes, so a compiled model is not compiled again for the last batch.
-        fill_rows(tokens, (batch * batch_size)[:batch_size], packed)
+        # Filled up, so the shape never changes, and a compiled model is not compiled again for the last batch.
+        fill_rows(tokens, cycle(batch), packed)
         x = torch.from_numpy(packed[:, :-1].copy()).to(device)  # its own memory: y can't be reached through it
         y = torch.from_numpy(packed[:, 1:].copy()).to(device)
         logits = checked_logits(model, x.clone(), V)
@@ -1045,9 +1045,9 @@ def document_bytes(tokens):
 
 def write_manifest(cache, args, paths):
     """Put these files, {kind: path}, in force and remove all others of these kinds."""
-    constants = {"SCALE": args.scale, "MAX_SEQ_LEN": args.seq_len, "TIME_BUDGET": args.time_budget}
-    constants |= {"EVAL_TOKENS": args.eval_tokens, "VOCAB_SIZE": Tokenizer.load(paths["tokenizer"]).get_vocab_size()}
-    manifest = {"command": args.command, "constants": constants, "seal": seal(paths)}
+    facts = {"SCALE": args.scale, "MAX_SEQ_LEN": args.seq_len, "TIME_BUDGET": args.time_budget}
+    facts |= {"EVAL_TOKENS": args.eval_tokens, "VOCAB_SIZE": Tokenizer.load(paths["tokenizer"]).get_vocab_size()}
+    manifest = {"command": args.command, "constants": facts, "seal": seal(paths)}
     write_json(cache / MANIFEST, {**manifest, "files": {kind: path.name for kind, path in paths.items()}})
     open_cache.cache_clear()
     for kind, in_force in paths.items():
@@ -1092,7 +1092,7 @@ def parse_arguments(argv):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] in NIGHT:
+        if NIGHT.intersection(argv[:1]):
             return night_command(argv)
         prepare(parse_arguments(argv))
         return 0
@@ -1101,7 +1101,7 @@ def main(argv=None):
     except PrepareError as error:
         problem = error
     except OSError as error:  # a full disk, a folder without write permission
-        where = "" if argv[:1] in NIGHT else " (AUTORESEARCH_CACHE names another folder)"
+        where = "" if NIGHT.intersection(argv[:1]) else " (AUTORESEARCH_CACHE names another folder)"
         problem = f"{error}: fix that{where}, run it again; what is done stays"
     except KeyboardInterrupt:
         problem = "interrupted; run it again to go on"
@@ -1116,7 +1116,7 @@ def main(argv=None):
 #   results.tsv        a Row for each run that was judged; branch, tags and worktrees follow from it
 #   TREE/run.json      by start(): the Row that was planned, when it was started, how often, and its job of Slurm
 #   TREE/run.py, .log  the train.py of its commit, and what it prints; a local supervisor locks the log while it lives
-#   TREE/run.….end     by supervise(): null, at the end {problems, and with a number val_bpb, memory_gb, harness, …}
+#   TREE/run.….end     null by start(), at the end {problems, and with a number val_bpb, memory_gb, harness, …}
 #   TREE/edit-….patch  by lay_aside(): an edit of train.py that had no commit when the tree had to move
 #
 # A plan gives each tree the Row that its run will have. The same table and commits give the same plan, so a run that
@@ -1148,7 +1148,7 @@ def run_night(check, wait, sbatch):
             begun = [tree for tree, row in plan.items() if runs[tree]["row"] == row]
             ended = [tree for tree in begun if runs[tree]["end"]]
             for tree, row in plan.items():
-                if tree not in begun or tree not in ended + alive:
+                if tree not in ended and not (tree in begun and tree in alive):
                     start(tree, row, night.trees, runs[tree], sbatch)
             if len(ended) == len(plan):
                 record(night, {tree: runs[tree] for tree in plan})
@@ -1217,7 +1217,7 @@ class Night(NamedTuple):
     wave: int  # of what runs next
 
     def planned_row(self, commit, seed, description, status="keep"):
-        """The Row of a run that has not ended. Baseline and check are always kept, an idea if it is below its bar."""
+        """The Row of a run that has not ended. Baseline and check are kept, of ideas only what record() chooses."""
         return Row(commit, 0.0, 0.0, status, description, seed, self.wave, "", self.branch, "")
 
 
@@ -1241,7 +1241,8 @@ def open_night():
 def git(*arguments, tree=".", stdout=subprocess.PIPE):
     """What git prints, unless it goes to a file. The user's settings, hooks and locale change nothing in it."""
     settings = "log.showSignature=false i18n.logOutputEncoding=UTF-8 commit.gpgSign=false merge.verifySignatures=false"
-    settings = [word for setting in [*settings.split(), "core.hooksPath=/dev/null"] for word in ("-c", setting)]
+    settings += " rebase.rebaseMerges=false rebase.updateRefs=false core.hooksPath=/dev/null"
+    settings = [word for setting in settings.split() for word in ("-c", setting)]
     options = dict(encoding="utf-8", errors="replace", stderr=subprocess.PIPE, stdout=stdout, check=True)
     return (subprocess.run(["git", "-C", str(tree), *settings, *arguments], **options).stdout or "").strip()
 
@@ -1253,8 +1254,8 @@ def commit_of(tree, name="HEAD"):
 
 def idea_commits(tree, night):
     """The commits above the head, the last one first: in the clone, where a human may commit, those of train.py."""
-    others = [f"^{commit_of('.')}"] if str(tree).startswith(".waves") else ["--", "train.py"]
-    found = git("log", "--format=%H", "HEAD", f"^{night.head}", *others, tree=tree)
+    only = ["--", "train.py"] if Path(tree) == Path() else [f"^{commit_of('.')}"]
+    found = git("log", "--format=%H", "HEAD", f"^{night.head}", *only, tree=tree)
     return [commit[:7] for commit in found.split()]
 
 
@@ -1269,17 +1270,17 @@ def align_git(night):
         return
     if commit_of(".") in night.rejected:
         move(".", "HEAD~1")
-    found = idea_commits(".", night)
-    if not {*found} <= night.rejected:
-        return
-    if found:
+    ideas = idea_commits(".", night)
+    if not night.rejected.issuperset(ideas):
+        return  # one has no row yet
+    if ideas:  # rejected, below commits of the human, which go on without it
         lay_aside(".")
-        git("rebase", "-q", "--autostash", "--onto", f"{found[0]}~1", found[0])
+        git("rebase", "-q", "--autostash", "--onto", f"{ideas[0]}~1", ideas[0])
     if git("merge-base", "HEAD", night.head)[:7] != night.head:
         lay_aside(".")
         git("merge", "-q", "--no-edit", "--ff", night.head)
     for tree in night.trees:
-        if {*idea_commits(tree, night)} <= night.rejected:
+        if night.rejected.issuperset(idea_commits(tree, night)):
             move(tree, commit_of("."))
 
 
@@ -1295,7 +1296,7 @@ def lay_aside(tree):
     if git(*EDIT, tree=tree):
         git("add", "--all", "train.py", tree=tree)  # with the marks of a conflict, if there is one
         draft = Path(tree) / "edit.patch"
-        with open(draft, "wb") as f:
+        with atomic_write(draft) as f:
             git("diff-index", "--cached", "--patch", "--binary", "HEAD", "train.py", tree=tree, stdout=f)
         draft.rename(draft.with_name(f"edit-{checksum(draft)[:7]}.patch"))
         git("checkout", "-q", "HEAD", "train.py", tree=tree)
@@ -1316,10 +1317,9 @@ def plan_runs(night, runs, check):
         seeds = count(len(night.rows))
         return {tree: night.planned_row(base, i, f"baseline, seed {i}") for tree, i in zip(night.trees, seeds)}
     checks = dict(zip(night.trees, plan_check(night)))
-    ending = {tree: row for tree, row in checks.items() if begun.get(tree) == row}
-    if ending or not check:
-        return ending or plan_ideas(night, begun)
-    return plan_ideas(night, begun) or checks
+    if ending := {tree: row for tree, row in checks.items() if begun.get(tree) == row}:
+        return ending
+    return plan_ideas(night, begun) or (checks if check else {})
 
 
 def plan_check(night):
@@ -1334,26 +1334,26 @@ def plan_check(night):
 
 def plan_ideas(night, begun):
     """{tree: Row} of the ideas that have no row; one commit in two trees runs once. What was begun ends, whatever is
-    on top of it. Commits that leave train.py alone may be anywhere. Raises PrepareError."""
+    on top of it. In the clone, commits that leave train.py alone may be anywhere. Raises PrepareError."""
     plan = {}
     for tree in sorted({Path(), *night.trees}):
         found, typed = idea_commits(tree, night), f"git -C {tree}"
         if tree in begun and begun[tree].commit in found:
             plan[tree] = begun[tree]
         elif found and found[0] not in [row.commit for row in plan.values()]:
-            idea, first, mend = found[0], found[-1], ""
+            newest, oldest, mend = found[0], found[-1], ""
             if tree not in night.trees:
-                mend = f"`git -C .waves/1 cherry-pick {first}`, then `{typed} reset --keep {first}~1`"
-            elif first in night.rejected:
-                mend = f"`{typed} rebase --onto {first}~1 {first}`"
+                mend = f"`git -C .waves/1 cherry-pick {oldest}`, then `{typed} rebase --onto {oldest}~1 {oldest}`"
+            elif oldest in night.rejected:
+                mend = f"`{typed} rebase --onto {oldest}~1 {oldest}`"
             elif git("merge-base", "HEAD", night.head, tree=tree)[:7] != night.head:
-                mend = f"`{typed} rebase --onto {night.head} {idea}~1`"
-            elif len(found) > 1 or git("diff", "--name-only", f"{idea}~1", idea, "--", ".", ":!train.py", tree=tree):
-                mend = f"`{typed} reset --soft {first}~1`, then `{typed} commit -m WHAT train.py`"
+                mend = f"`{typed} rebase --onto {night.head} {oldest}~1`"
+            elif len(found) > 1 or git("diff", "--name-only", f"{newest}~1", newest, ".", ":!train.py", tree=tree):
+                mend = f"`{typed} reset --soft {oldest}~1`, then `{typed} commit -m WHAT train.py`"
             if mend:
                 shape = f"one commit on top of {night.head} that changes train.py alone"
-                raise PrepareError(f"{idea}: an idea is {shape}: {mend}")
-            plan[tree] = night.planned_row(idea, 0, one_line(git("log", "-1", "--format=%s", idea)), "discard")
+                raise PrepareError(f"{newest}: an idea is {shape}: {mend}")
+            plan[tree] = night.planned_row(newest, 0, one_line(git("log", "-1", "--format=%s", newest)), "discard")
     return plan
 
 
@@ -1379,11 +1379,11 @@ def going(trees):
     runs = {tree: read_run(tree) for tree in trees}
     runs = {tree: run for tree, run in runs.items() if run["started"] and not run["end"]}
     jobs, known = {run["slurm"] for run in runs.values() if "slurm" in run}, set()
-    for pause in (BEAT, 0):
+    for pause in (0, BEAT):
         if jobs - known:
+            time.sleep(pause)
             answer = subprocess.run(["squeue", "--me", "--noheader", "--format=%A"], capture_output=True, text=True)
             known |= jobs if answer.returncode else {*answer.stdout.split()}
-            time.sleep(pause if jobs - known else 0)
     return [tree for tree, run in runs.items() if run.get("slurm") in known or is_locked(tree / "run.log")]
 
 
@@ -1394,16 +1394,16 @@ def start(tree, row, trees, before, sbatch):
     if starts > STARTS:
         text = f"its supervisor was ended {STARTS} times (by your shell? Then `--wait 900`): {last_words(tree)}"
         return write_json(tree / f"run.{before['started']}.end", {"problems": [text]})
-    for file in (log, *tree.glob("run.*.*")):  # processes of an earlier run may still write into them
+    for file in (log, *tree.glob("run.[0-9]*.[er]*")):  # processes of an earlier run may still write into them
         file.unlink(missing_ok=True)
     with open(tree / "run.py", "wb") as f:
         git("show", f"{row.commit}:./train.py", tree=tree, stdout=f)
     run = {"row": row, "started": time.time(), "starts": starts}
     write_json(tree / f"run.{run['started']}.end", None)  # later it is only replaced: NFS may hide a new name a while
-    write_json(tree / "run.json", run)
+    write_json(tree / "run.json", run if sbatch is None else run | {"starts": starts - 1})  # Slurm may refuse it
     command = [sys.executable, __file__, "supervise", str(tree), str(run["started"])]
     if sbatch is None:
-        with open(log, "wb") as f, open(log, "rb+") as lock:  # the supervisor inherits both, its run only the first
+        with open(log, "wb") as f, open(log, "rb+") as lock:  # the supervisor inherits both, and with it the lock
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             streams = dict(stdin=subprocess.DEVNULL, stdout=f, stderr=f, pass_fds=[lock.fileno()])
             subprocess.Popen(command, env=env, start_new_session=True, **streams)
@@ -1430,8 +1430,8 @@ def time_limit():
 
 def supervise(tree, started):
     """Run run.py to its end or its limit. Then say in the end file what came of it: its number, or the problem."""
-    report, seed, limit = (tree / f"run.{started}.report").resolve(), read_run(tree)["row"].seed, time_limit()
-    env = dict(SEED=str(seed), AUTORESEARCH_REPORT=str(report), PYTHONFAULTHANDLER="1", PYTHONUNBUFFERED="1")
+    end, seed, limit = (tree / f"run.{started}.report").resolve(), read_run(tree)["row"].seed, time_limit()
+    env = dict(SEED=str(seed), AUTORESEARCH_REPORT=str(end), PYTHONFAULTHANDLER="1", PYTHONUNBUFFERED="1")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     popen = partial(subprocess.Popen, start_new_session=True)  # a process group of its own
     run = popen([sys.executable, "run.py"], cwd=tree, env=os.environ | env, stdin=subprocess.DEVNULL)
@@ -1451,9 +1451,9 @@ def supervise(tree, started):
         time.sleep(2)  # if a cluster ends the job, it now ends this process too, and the run is no crash
     killer.communicate()
     problem = f"hang: no end after {limit} s" if hangs else last_words(tree, run.wait())
-    if not report.exists():
-        write_json(report, {"problems": [problem]})
-    os.replace(report, report.with_suffix(".end"))
+    if not end.exists():
+        write_json(end, {"problems": [problem]})
+    os.replace(end, end.with_suffix(".end"))
 
 
 def last_words(tree, status=0):
@@ -1524,7 +1524,8 @@ def record(night, runs):
     first, *others = [name for name in names if name] or [""]
     why = "undo what has changed in prepare.py, PyTorch or the prepared text"
     void = [f"the harness is {other}, that of the baseline {first}: {why}" for other in others]
-    if not night.base and all(end["problems"] for _, end in ended):
+    failed = all(row.status == "keep" and not is_check(row) and end["problems"] for row, end in ended)
+    if failed and (not night.base or night.rows[-1].status == "crash"):  # else one seed that fails: that has a row
         void.append(f"the baseline has no number ({ended[0][1]['problems'][0]})")
     if void:
         for tree in runs:

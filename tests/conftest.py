@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,41 +20,30 @@ SMALL = ["--scale=laptop", "--seq-len=64", "--vocab-size=400", "--eval-tokens=40
 
 NAMES = "Ada Emil Noor Tove the old miller a young pilot nobody her sister their captain the last of them".split()
 VERBS = "finds loses carries forgets repairs paints counts sells hides draws".split()
-THINGS = "a lamp, the letter, three stones, his map, an engine, the clock, seven pears, a violin, the bridge".split(
-    ", "
-)
-ENDS = (
-    "before dawn. in the harbour. and says so. — naïvely! while it rains. again? for 27 crowns. on 3 May 1911.".split(
-        ". "
-    )
-)
+THINGS = "a lamp/the letter/three stones/his map/an engine/the clock/seven pears/a violin/the bridge".split("/")
+ENDS = "before dawn/in the harbour/and says so/— naïvely! while it rains/again? for 27 crowns/on 3 May 1911.".split("/")
 
 
 def prose(seed, documents, longest=40):
     """Documents of made-up sentences: 1 to `longest` of them, the same for the same seed."""
     rng = random.Random(seed)
     for _ in range(documents):
-        sentences = rng.randint(1, longest)
-        yield " ".join(
-            f"{rng.choice(NAMES)} {rng.choice(VERBS)} {rng.choice(THINGS)} {rng.choice(ENDS)}."
-            for _ in range(sentences)
-        )
+        sentences = [
+            [rng.choice(words) for words in (NAMES, VERBS, THINGS, ENDS)] for _ in range(rng.randint(1, longest))
+        ]
+        yield " ".join(" ".join(words) + "." for words in sentences)
 
 
-def write_corpus(folder):
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
     """A folder of several kinds of file; validation is parquet."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = tmp_path_factory.mktemp("corpus")
     pq.write_table(pa.table({"text": list(prose(1, 600))}), folder / "a.parquet")
     lines = [json.dumps({"text": text, "more": 1}) for text in prose(2, 300)]
     (folder / "b.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
     (folder / "c.txt").write_text("\n\n".join(prose(3, 100)), encoding="utf-8")
     pq.write_table(pa.table({"text": list(prose(4, 150))}), folder / "val.parquet")
     return folder
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
@@ -106,14 +94,6 @@ def run_python(*arguments, cache=None, cwd=ROOT, timeout=120, **environment):
         env["AUTORESEARCH_CACHE"] = str(cache)
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
-
-
-def train_step(compiled_model, optimizer, loader, grad_accum_steps):
-    """Run.step with these parts"""
-    import train
-
-    parts = SimpleNamespace(compiled_model=compiled_model, optimizer=optimizer)
-    return train.Run.step(parts, loader, grad_accum_steps)
 
 
 @pytest.fixture

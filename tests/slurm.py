@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"  # the daemons are there, and not on everybody's PATH
@@ -32,65 +32,48 @@ SlurmdPidFile={folder}/%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 GresTypes=gpu
-MpiDefault=none
 MessageTimeout=3
 ReturnToService=2
 KillWait=1
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=10000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Gres=gpu:2
+PartitionName=all Nodes=ALL Default=YES
 """
-
-
-def free_ports(count):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 class Slurm:
     """`with Slurm(folder) as slurm`: `slurm.env` is the environment for its commands. At the end all is killed."""
 
-    def __init__(self, folder, nodes=2, gpus=2):
-        if MISSING:
-            raise RuntimeError(f"not installed: {' '.join(MISSING)} (apt-get install slurm-wlm munge)")
-        self.folder, self.nodes, self.daemons = Path(folder), [f"n{i + 1}" for i in range(nodes)], {}
-        ports = free_ports(1 + nodes)
+    def __init__(self, folder):
+        self.folder, self.nodes, self.daemons = folder, ["n1", "n2"], {}
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+        ports = [one.getsockname()[1] for one in sockets]
+        for one in sockets:
+            one.close()
         host = socket.gethostname().split(".")[0]
-        conf = CONF.format(host=host, folder=folder, ports=ports, user=getpass.getuser())
-        for name, port in zip(self.nodes, ports[1:], strict=True):
-            conf += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={gpus} Gres=gpu:{gpus}\n"
-        conf += "PartitionName=all Nodes=ALL Default=YES State=UP\n"
-        devices = [self.folder / f"gpu{i}" for i in range(gpus)]
-        for device in devices:
-            device.symlink_to(os.devnull)
-        (self.folder / "state").mkdir()
-        (self.folder / "slurm.conf").write_text(conf)
-        (self.folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in devices))
+        (folder / "slurm.conf").write_text(CONF.format(host=host, folder=folder, ports=ports, user=getpass.getuser()))
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
+        for i in (0, 1):
+            (folder / f"gpu{i}").symlink_to(os.devnull)
+        (folder / "state").mkdir()
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o600)
         self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": f"{folder}/slurm.conf"}
 
     def start(self, name):
         """One daemon in the foreground, as our child: `munged`, `slurmctld` or a node's name."""
-        files = "socket", "key-file", "pid-file", "log-file", "seed-file"
-        command = ["slurmd", "-D", "-N", name] if name in self.nodes else ["slurmctld", "-D"]
+        command = ["slurmd", "-D", "-N", name] if name in self.nodes else [name, "-D"]
         if name == "munged":
-            command = [
-                "munged",
-                "--foreground",
-                "--force",
-                *(f"--{file}={self.folder}/munge.{file[:3]}" for file in files),
-            ]
+            files = "socket", "key-file", "pid-file", "log-file", "seed-file"
+            command = [name, "-F", "--force", *(f"--{file}={self.folder}/munge.{file[:3]}" for file in files)]
+        options = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
         with open(self.folder / f"{name}.out", "ab") as out:
-            self.daemons[name] = subprocess.Popen(
-                command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-            )
+            self.daemons[name] = subprocess.Popen(command, env=self.env, stdout=out, **options)
 
     def stop(self, name, how=signal.SIGKILL):
         process = self.daemons.pop(name)
@@ -102,19 +85,17 @@ class Slurm:
         assert not ok or done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout.strip()
 
-    def wait_for(self, condition, what, seconds=60):
-        deadline = time.monotonic() + seconds
+    def wait_for(self, condition, what):
+        deadline = time.monotonic() + 60
         while not condition():
             dead = [name for name, process in self.daemons.items() if process.poll() is not None]
-            if dead or time.monotonic() > deadline:
-                logs = "".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob("*.[ol][uo]?"))
-                raise RuntimeError(f"no {what}; ended: {dead or 'none'}\n{logs}")
+            logs = [path.read_text(errors="replace")[-2000:] for path in self.folder.glob("*.[ol][uo]?")]
+            assert not dead and time.monotonic() < deadline, (f"no {what}, ended: {dead}", *logs)
             time.sleep(0.1)
 
     def ready(self):
         """Wait until every node takes jobs."""
-        states = ["sinfo", "-hN", "-o", "%T"]
-        self.wait_for(lambda: self.run(*states, ok=False).split() == ["idle"] * len(self.nodes), "idle nodes")
+        self.wait_for(lambda: self.run("sinfo", "-hN", "-o", "%T", ok=False).split() == ["idle"] * 2, "idle nodes")
 
     def __enter__(self):
         try:

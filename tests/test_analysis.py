@@ -104,6 +104,12 @@ def test_three_columns_are_enough_and_fewer_are_said(analyse):
     assert "results.tsv: not read" in printed and HEADER in printed and "results.tsv: 0 runs" in printed
 
 
+def test_numbers_alone_are_read_lower_than_all_before_is_kept(analyse):
+    variables, printed = analyse("val_bpb\n1.0\n0.9\n0.95\n0\n0.8\nx\n")
+    assert "has no status" in printed and "results.tsv: 5 runs\n  1 malformed" in printed
+    assert variables["experiments"]["status"].tolist() == ["keep", "keep", "discard", "crash", "keep"]
+
+
 def test_tables_of_other_projects_are_read_as_they_are_meant(analyse):
     words = "keep KEPT accepted best discarded reverted Rejected failed crashed unsure".split()
     lines = [f"{1 - i / 100}\t{word}\tidea {i}" for i, word in enumerate(words)]

@@ -89,6 +89,13 @@ def test_attention_forward_and_backward(n_kv_head):
         check(flex_attention, n_kv_head, window, FLOAT32, backward=False)  # PyTorch promises no backward on a CPU
 
 
+def test_windows_may_change_during_a_compiled_run():
+    flex_attention = train.flex_attention_for(T, WINDOWS, CPU)
+    compiled = torch.compile(flex_attention, backend="eager", dynamic=False)
+    for window in (*WINDOWS, 3, WINDOWS[0], 7):
+        check(compiled, 2, window, FLOAT32, backward=False)
+
+
 # FlashAttention-3's own interface (hopper/flash_attn_interface.py): query i sees the keys i - left ≤ j ≤ i + right
 FLASH_ATTN_FUNC = """
 import torch
@@ -319,12 +326,36 @@ def test_a_new_matrix_needs_no_other_edit(monkeypatch):
     assert train.flops_per_token(run.model, TINY, T) - plain == 4 * 6 * (4 * 32 * 32)
 
 
-@pytest.mark.parametrize("part, name", [(nn.Linear(32, 32), "bias"), (nn.RMSNorm(32), "weight")])  # no matrix
-def test_a_parameter_without_a_rule_is_an_error_with_its_name(part, name):
+@pytest.mark.parametrize(
+    "part, name, why",
+    [
+        (nn.Linear(32, 32), "bias", "needs a line in parameter_table"),
+        (nn.RMSNorm(32), "weight", "Muon takes matrices only"),
+        (nn.Conv1d(32, 32, 3, bias=False), "weight", "Muon takes matrices only"),
+    ],
+)
+def test_a_parameter_without_a_rule_is_an_error_with_its_name(part, name, why):
     model = make_model()
     model.blocks[0].mlp.extra = part
-    with pytest.raises(ValueError, match=f"blocks.0.mlp.extra.{name}"):
+    with pytest.raises(ValueError, match=f"blocks.0.mlp.extra.{name}.*{why}"):
         train.make_optimizer(model, TINY)
+
+
+def test_a_block_knows_its_layer(monkeypatch):
+    """The idea of a scale by depth (1/√layer) is one class."""
+
+    class Scaled(train.Block):
+        def __init__(self, config, layer, attention):
+            super().__init__(config, layer, attention)
+            self.scale = (layer + 1) ** -0.5
+
+        def forward(self, x, *inputs):
+            return x + self.scale * (super().forward(x, *inputs) - x)
+
+    monkeypatch.setattr(train, "Block", Scaled)
+    model = make_model(replace(TINY, DEPTH=3))
+    assert [block.scale for block in model.blocks] == pytest.approx([1, 2**-0.5, 3**-0.5])
+    assert model(make_tokens()).isfinite().all()
 
 
 def test_size_and_flops_of_the_full_model_by_hand(full):

@@ -12,23 +12,15 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_run import make_project
 
 UV = os.environ.get("UV") or shutil.which("uv")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 (COMMAND,) = (code for code in re.findall(r"```bash\n(.*?)```", README, re.S) if "bwrap" in code)
 
 
-def why_not():
-    if not shutil.which("bwrap") or not UV:
-        return "bubblewrap or uv is not installed"
-    plain = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "true"]
-    done = subprocess.run(plain, capture_output=True, text=True)
-    return done.stderr if done.returncode else ""  # containers often refuse namespaces
-
-
-REASON = why_not()
-pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
+PLAIN = "bwrap --unshare-all --ro-bind / / --proc /proc --dev /dev true"  # containers often refuse namespaces
+DONE = subprocess.run(PLAIN, shell=True, capture_output=True, text=True)
+pytestmark = pytest.mark.skipif(bool(DONE.returncode or not UV), reason=f"no uv, or no sandbox here: {DONE.stderr}")
 
 
 @pytest.fixture
@@ -37,8 +29,10 @@ def home(tmp_path):
     home = tmp_path / "home"
     for folder in (".ssh", ".cache/huggingface/hub", "clone"):
         (home / folder).mkdir(parents=True)
-    shutil.copy(ROOT / "pyproject.toml", home / "clone")  # without it uv finds no project
-    make_project(home / "clone")
+    for name in ("pyproject.toml", "prepare.py", "train.py"):  # the first, or uv finds no project
+        shutil.copy(ROOT / name, home / "clone")
+    git = f"git -C {home}/clone -c user.name=t -c user.email=t@example.org"
+    subprocess.run(f"{git} init -q && {git} add -A && {git} commit -qm baseline", shell=True, check=True)
     return home
 
 
