@@ -160,8 +160,8 @@ def load_manifest(cache):
         files = {kind: cache / name for kind, name in manifest["files"].items()}
         return {key: manifest[key] for key in ("command", "constants", "seal")} | {"files": files}
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
-        text = f"nothing is prepared in {cache}: run `uv run prepare.py` (no download: --corpus source)"
-        raise PrepareError(text) from error
+        how = "run `uv run prepare.py` (no download: --corpus source)"
+        raise PrepareError(f"nothing is prepared in {cache}: {how}") from error
 
 
 def seal(paths):
@@ -197,10 +197,9 @@ def __getattr__(name):
 
 
 def fingerprint():
-    """12 hex digits over this file up to the night, PyTorch, the kind of GPU, constants and text. Two values of val_bpb
-    compare only if it is the same."""
-    device = torch.cuda.get_device_name() if get_device().type == "cuda" else get_device().type
-    return cache_key(SOURCE, torch.__version__, device, constants(), open_cache(cache_dir())["seal"])
+    """12 hex digits over this file but the night, PyTorch, device, constants and text: numbers under another differ."""
+    folder, device = open_cache(cache_dir()), device_name().split(",")[0]  # without the threads of a CPU
+    return cache_key(SOURCE, torch.__version__, device, folder["constants"], folder["seal"])
 
 
 # -----------------------------------------------------------------------------
@@ -311,22 +310,26 @@ def read_table_file(path, kind):
     csv.field_size_limit(sys.maxsize)  # a document may have more than its 131,072 characters
     header = next(read_lines(path), "")
     separator = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
-    tabs = separator == "\t"
-    separator = separator if separator in header else "\x1f"  # a single column: commas are text
-    width = header.count(separator) or -1  # separators in a line that looks like a row
-    closes = swallowed = False
-    with contextlib.suppress(csv.Error, UnicodeDecodeError):  # raised again below, where it has its row
-        for cells in csv.reader(read_lines(path), delimiter=separator, strict=True):
-            inner = [cell.split("\n")[1:-1] for cell in cells]  # the whole lines inside a cell
-            swallowed |= any(len(part) > 10 and {line.count(separator) for line in part} == {width} for part in inner)
-        closes = True
-    if closes and swallowed and not tabs:
-        raise ValueError("quotation marks enclose whole rows: one may not be closed")
-    quoting = csv.QUOTE_NONE if tabs and (swallowed or not closes) else csv.QUOTE_MINIMAL
-    for row in csv.DictReader(read_lines(path), delimiter=separator, quoting=quoting, strict=True):
-        if any(row.pop(None, ())):
-            raise ValueError("it has more cells than the first line has names")
-        yield {name: cell for name, cell in row.items() if cell is not None}
+    delimiter = separator if separator in header else "\x1f"  # a single column: commas are text
+    width = header.count(delimiter) or -1  # of a line that looks like a row
+
+    def rows(quoting):
+        for row in csv.DictReader(read_lines(path), delimiter=delimiter, quoting=quoting, strict=True):
+            if any(row.pop(None, ())):
+                raise ValueError("it has more cells than the first line has names")
+            cells = {name: cell for name, cell in row.items() if cell is not None}
+            inner = [cell.split("\n")[1:-1] for cell in cells.values()]  # the whole lines inside a cell
+            if any(len(part) > 10 and {line.count(delimiter) for line in part} == {width} for part in inner):
+                raise ValueError("quotation marks enclose whole rows: one may not be closed")
+            yield cells
+
+    quoting = csv.QUOTE_MINIMAL
+    if separator == "\t":
+        try:
+            deque(rows(quoting), maxlen=0)
+        except (csv.Error, ValueError):
+            quoting = csv.QUOTE_NONE
+    yield from rows(quoting)
 
 
 def endings(path):
@@ -382,8 +385,8 @@ def climbmix_corpus(folder, num_shards, workers):
     names = [f"shard_{number:05d}.parquet" for number in numbers] + [VAL_SHARD]
     download_shards(names, folder, workers)
     note = f"climbmix: {len(numbers):,} training shard(s), validation {VAL_SHARD}"
-    train = [folder / name for name in names[:-1]]
-    return Corpus(train, [folder / VAL_SHARD], note, length=None)  # whole documents, as the original has them
+    *train, val = [folder / name for name in names]
+    return Corpus(train, [val], note, length=None)  # whole documents, as the original has them
 
 
 # -----------------------------------------------------------------------------
@@ -599,8 +602,7 @@ def peak_memory_mb():
         return torch.cuda.max_memory_allocated() / 2**20
     if get_device().type == "mps":
         return torch.mps.driver_allocated_memory() / 2**20  # it keeps what it had at the peak
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # or KiB
 
 
 def device_name():
@@ -1260,9 +1262,8 @@ def idea_commits(tree, night):
 
 
 def align_git(night):
-    """Make git say what the table says. What is rejected has a tag, and leaves the branch: it is the last commit, or
-    lies below commits of the human. What was kept in a worktree comes into the branch, and the worktrees follow it. An
-    idea that has no row stays where it is."""
+    """Make git say what the table says: what is rejected has a tag and leaves the branch, what was kept in a worktree
+    comes into it, the worktrees follow it. An idea that has no row stays where it is."""
     tags = git("tag", "--list", "tried/*").split()
     for commit in night.rejected - {tag.removeprefix("tried/") for tag in tags}:
         git("tag", "--no-sign", f"tried/{commit}", commit)
@@ -1516,9 +1517,8 @@ def next_bar(rows):
 
 
 def record(night, runs):
-    """Write the rows of a wave that has ended: of the ideas below their bar the best is kept.
-
-    Raises PrepareError, and writes no row, if a run says nothing: another harness, or a baseline without a number."""
+    """Write the rows of a wave that has ended: of the ideas below their bar the best is kept. Raises PrepareError, and
+    writes no row, for another harness and a baseline without a number."""
     ended = [(run["row"], run["end"]) for run in runs.values()]
     names = dict.fromkeys([row.harness for row in night.rows] + [end.get("harness", "") for _, end in ended])
     first, *others = [name for name in names if name] or [""]

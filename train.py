@@ -95,9 +95,10 @@ class Config:
 FULL = Config(DEPTH=8, HEAD_DIM=128, TOTAL_BATCH_SIZE=2**19, DEVICE_BATCH_SIZE=64)
 DESKTOP = Config(DEPTH=4, HEAD_DIM=64, TOTAL_BATCH_SIZE=2**16, DEVICE_BATCH_SIZE=16)  # never measured on a GPU
 
-# The best that was found for 60 seconds of two CPU cores and rows of 256 tokens, Python source. val_bpb, mean
-# of three seeds: 1.566; HEAD_LR 0.008 1.600, and with it MATRIX_LR 0.06 1.604; heads of 64 1.661; 2^11 tokens per step
-# 1.672, with heads of 64 1.674, of 32 1.709; 2^13, heads of 64 1.665 (two seeds). The spread of 1.566 was 0.047.
+# The best that was found for 60 seconds of two CPU cores and rows of 256 tokens, Python source cut at 4,000 characters
+# (now at about a row: the figures differ). val_bpb, mean of three seeds: 1.566; HEAD_LR 0.008 1.600, and with it
+# MATRIX_LR 0.06 1.604; heads of 64 1.661; 2^11 tokens per step 1.672, with heads of 64 1.674, of 32 1.709; 2^13, heads
+# of 64 1.665 (two seeds). The spread of 1.566 was 0.047.
 LAPTOP = Config(DEPTH=2, HEAD_DIM=128, TOTAL_BATCH_SIZE=2**12, DEVICE_BATCH_SIZE=16)
 
 LOG_LINES = 10  # of progress in a file, the same number for every budget
@@ -143,20 +144,15 @@ def flex_attention_for(T, windows, device):
     """FlexAttention (arXiv 2412.05496) for rows of T tokens and these windows. It is fast only inside torch.compile."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def sees(window):
-        return lambda b, h, i, j: (i >= j) & (i - j <= window)
-
-    @torch.compiler.disable  # a mask is made once per window, outside of the compiled model
+    @torch.compiler.disable  # once per window, outside of the compiled model
     def make_mask(window):
-        masks[window] = create_block_mask(sees(window), None, None, T, T, device=device)
+        return create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, T, T, device=device)
 
-    masks = {}
-    for window in set(windows):
-        make_mask(window)
+    masks = {window: make_mask(window) for window in set(windows)}
 
     def attention(q, k, v, window):
         if window not in masks:  # windows may change in a run
-            make_mask(window)
+            masks[window] = make_mask(window)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         return flex_attention(q, k, v, block_mask=masks[window], enable_gqa=True).transpose(1, 2)
 
@@ -169,8 +165,7 @@ FLASH3 = "kernels-community/flash-attn3"
 def flash3_attention():
     """FlashAttention-3: the build that LOCAL_KERNELS names, else the one of an earlier run, else from the kernel hub.
 
-    Raises an error if there is none. The one of an earlier run needs no network, so a night uses one kernel throughout.
-    """
+    Raises an error if there is none. The one of an earlier run needs no network, so a night uses one kernel."""
     from kernels import get_kernel, get_local_kernel, install_kernel
 
     wanted = dict(revision="v1", trust_remote_code=[FLASH3])  # the library demands a revision
@@ -228,8 +223,7 @@ def computes_in_bfloat16(device):
 def norm(x):
     """RMSNorm without weights over the last dimension (arXiv 1910.07467), in the type of x.
 
-    With newer PyTorch, autocast returns float32 here. The residual stream would then be float32: twice the traffic.
-    """
+    With newer PyTorch, autocast returns float32 here. The residual stream would then be float32: twice the traffic."""
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 
 
@@ -248,22 +242,22 @@ def window_sizes(config, T):
     return [int(config.SHORT_WINDOW * T) if layer == "S" else T for layer in layers]
 
 
-def has_ve(config, layer):
-    """Whether a layer has a value embedding: every other one, the last one included."""
-    return (config.DEPTH - 1 - layer) % 2 == 0
+def ve_layers(config):
+    """The layers that have a value embedding: every other one, the last one included."""
+    return range((config.DEPTH - 1) % 2, config.DEPTH, 2)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer, attention):
         super().__init__()
-        n_embd, kv_dim = config.n_embd, config.n_kv_head * config.HEAD_DIM
+        n_embd, kv_dim, has_ve = config.n_embd, config.n_kv_head * config.HEAD_DIM, layer in ve_layers(config)
         self.head_dim = config.HEAD_DIM
         self.c_q = nn.Linear(n_embd, n_embd, bias=False)
         self.c_k = nn.Linear(n_embd, kv_dim, bias=False)
         self.c_v = nn.Linear(n_embd, kv_dim, bias=False)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
         self.ve_gate_channels = min(config.VE_GATE_CHANNELS, n_embd)
-        self.ve_gate = nn.Linear(self.ve_gate_channels, config.n_kv_head, bias=False) if has_ve(config, layer) else None
+        self.ve_gate = nn.Linear(self.ve_gate_channels, config.n_kv_head, bias=False) if has_ve else None
         self.attention = attention
 
     def forward(self, x, ve, cos, sin, window):
@@ -309,11 +303,10 @@ class GPT(nn.Module):
     def __init__(self, config, vocab_size, T, attention):
         super().__init__()
         kv_dim = config.n_kv_head * config.HEAD_DIM
-        ve_layers = [layer for layer in range(config.DEPTH) if has_ve(config, layer)]
         self.softcap = config.SOFTCAP
         self.window_sizes = window_sizes(config, T)
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, kv_dim) for i in ve_layers})
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, kv_dim) for i in ve_layers(config)})
         self.blocks = nn.ModuleList(Block(config, layer, attention) for layer in range(config.DEPTH))
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
         self.resid_lambdas = nn.Parameter(torch.empty(config.DEPTH))
@@ -348,8 +341,7 @@ class GPT(nn.Module):
 def parameter_table(config):
     """(pattern, init, optimizer's settings): what fits a parameter's name first says all about it.
 
-    A new matrix in a block needs no line here, as "blocks.*.weight" fits it.
-    """
+    A new matrix in a block needs no line here, as "blocks.*.weight" fits it."""
     bound = math.sqrt(3 / config.n_embd)  # the standard deviation is then n_embd^-1/2
     lr_scale = (config.n_embd / 768) ** -0.5
     adamw = dict(kind="adamw", betas=config.ADAM_BETAS, eps=config.ADAM_EPS, weight_decay=0.0)
@@ -372,11 +364,9 @@ def parameters_by_rule(model, config):
     table = parameter_table(config)
     for name, p in model.named_parameters():
         init, settings = next((line[1:] for line in table if fnmatch.fnmatchcase(name, line[0])), (None, None))
-        shape = f"parameter {name}, shape {tuple(p.shape)}"
-        if settings is None:
-            raise ValueError(f"{shape}, needs a line in parameter_table")
-        if settings["kind"] == "muon" and p.ndim != 2:
-            raise ValueError(f"{shape}: Muon takes matrices only, so it needs a line of kind adamw in parameter_table")
+        if settings is None or (settings["kind"] == "muon" and p.ndim != 2):
+            why = "a line" if settings is None else "a line of kind adamw, as Muon takes matrices only,"
+            raise ValueError(f"parameter {name}, shape {tuple(p.shape)}, needs {why} in parameter_table")
         yield name, p, init, settings
 
 
@@ -405,8 +395,7 @@ POLAR_EXPRESS = (
 def polar_express(G):
     """The orthogonal factor of G (..., m, n), approximately: every singular value becomes about 1.
 
-    In bfloat16 where that is fast, elsewhere in float32.
-    """
+    In bfloat16 where that is fast, elsewhere in float32."""
     X = G.bfloat16() if computes_in_bfloat16(G.device) else G.float()
     X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = G.size(-2) > G.size(-1)
@@ -420,8 +409,7 @@ def polar_express(G):
 def normuon(G, second_moment, beta2):
     """NorMuon (arXiv 2510.05491): scale rows (columns if G is wide) to the same size over time. Keeps the norm of G.
 
-    G (N, m, n), second_moment (N, m, 1) or (N, 1, n): running mean square of each row or column, updated in place.
-    """
+    G (N, m, n), second_moment (N, m, 1) or (N, 1, n): running mean square of each row or column, updated in place."""
     dim = -1 if G.size(-2) >= G.size(-1) else -2
     mean_square = G.float().square().mean(dim=dim, keepdim=True)  # the shape of second_moment
     second_moment.mul_(beta2).add_(mean_square * (1 - beta2))
@@ -434,8 +422,7 @@ def normuon(G, second_moment, beta2):
 def muon_step(p, grad, momentum_buffer, second_moment, lr, momentum, beta2, weight_decay):
     """One step of Muon for N matrices of one shape: p, grad and momentum_buffer (N, m, n). Updates p in place.
 
-    Muon is steepest descent in the spectral norm: https://kellerjordan.github.io/posts/muon
-    """
+    Muon is steepest descent in the spectral norm: https://kellerjordan.github.io/posts/muon"""
     momentum_buffer.mul_(momentum).add_(grad * (1 - momentum))
     update = grad * (1 - momentum) + momentum_buffer * momentum  # Nesterov
     update = normuon(polar_express(update), second_moment, beta2).to(p.dtype)
@@ -464,8 +451,7 @@ class MuonAdamW:
 
     `compiled` wraps the two step functions: torch.compile on CUDA. Numbers that change from step to step are passed as
     tensors, because a compiled function is compiled again for each new Python number. It has the fields of a
-    torch.optim.Optimizer but is not a subclass: that would import the compiler, two seconds that a CPU does not need.
-    """
+    torch.optim.Optimizer but is not a subclass: that would import the compiler, two seconds that a CPU can save."""
 
     def __init__(self, param_groups, compiled=lambda function: function):
         self.param_groups = param_groups
@@ -570,8 +556,7 @@ def flops_per_token(model, config, T):
     """FLOPs of training on one token, forward and backward, counted from the modules that do them.
 
     A weight of a linear layer costs 6: a multiplication and an addition, once forward and twice backward (arXiv
-    2204.02311, appendix B). Attention costs 12 per channel and key in the window. Embedding lookups cost nothing.
-    """
+    2204.02311, appendix B). Attention costs 12 per channel and key in the window. Embedding lookups cost nothing."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     keys = sum(min(window, T) for window in window_sizes(config, T))
     return 6 * linear + 12 * config.n_embd * keys
@@ -589,8 +574,7 @@ class Run:
     """Everything that learns in a run. Each one that is built has the same weights.
 
     The warm-up builds one and throws it away. So what an experiment adds here (an average of the weights, a second
-    optimizer) is warmed up too, and starts anew.
-    """
+    optimizer) is warmed up too, and starts anew."""
 
     def __init__(self, config, vocab_size, T, device, attention, compiled=None):
         torch.manual_seed(torch.initial_seed())  # the run's seed again, which start_run() has set
@@ -624,8 +608,7 @@ def quickest_threads(most):
     """Finds the number of threads, up to `most`, that makes a step quickest: `send` it the seconds of each step.
 
     Beside other busy processes fewer are quicker, because all wait for the one that has no core. So now and then half
-    or twice as many are tried for two steps.
-    """
+    or twice as many are tried for two steps."""
     number, wait = most, 1
     for factor in itertools.cycle((0.5, 2)):
         torch.set_num_threads(number)
@@ -702,8 +685,7 @@ def warm_up(build, config, vocab_size, T, device, budget=math.inf):
     """Compile, allocate and find the micro-batch: steps on random tokens, with models that are then thrown away.
 
     It runs before the clock starts. `build()` returns a Run. Returns the rows of the micro-batch: the most that fit the
-    memory, up to DEVICE_BATCH_SIZE, and divide the step evenly. Says if fewer than 50 steps fit `budget`, in seconds.
-    """
+    memory, up to DEVICE_BATCH_SIZE, and divide the step evenly. Says if fewer than 50 steps fit `budget` (seconds)."""
     rows, rest = divmod(config.TOTAL_BATCH_SIZE, T)
     if rest or not rows:
         raise TrainingError(f"TOTAL_BATCH_SIZE must be a multiple of a row, {T} tokens: {max(rows, 1) * T:,} is one")
@@ -758,8 +740,8 @@ def main():
     run = build()
     num_params, flops = sum(p.numel() for p in run.model.parameters()), flops_per_token(run.model, config, T)
     size = f"{num_params / 1e6:.1f} M parameters, {flops / 1e6:.1f} MFLOPs per token"
-    size += ", no MFU (the peak of this device is not known)" * math.isnan(peak_flops(device))
-    print(f"model: depth {config.DEPTH}, width {config.n_embd}, {size}")
+    no_mfu = ", no MFU (the peak of this device is not known)" * math.isnan(peak_flops(device))
+    print(f"model: depth {config.DEPTH}, width {config.n_embd}, {size}{no_mfu}")
     print(f"batch: {config.TOTAL_BATCH_SIZE:,} tokens per step, {batch_size} rows of {T} per micro-batch", flush=True)
 
     peak_rate = peak_flops(device) / flops  # tokens per second at the GPU's peak

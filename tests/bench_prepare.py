@@ -3,8 +3,8 @@
     uv run tests/bench_prepare.py [FOLDER]      a folder of climbmix-like shards (*.parquet, column text)
 
 The last shard in name order is validation. Without a folder it makes shards from the Python source on this machine.
-Stages: download from a hub on loopback, tokenizer, tokenizing (one core, and all), opening the cache as every run does,
-the rows of a full-scale evaluation, packed batches against the plain packer of the tests.
+Stages: download from a hub on loopback, tokenizer, tokenizing (one core, and all), the rows of a full-scale evaluation,
+packed batches against the plain packer of the tests.
 """
 
 import contextlib
@@ -66,9 +66,6 @@ def main(folder, found):
         with timed(f"tokenizing on {len(cores)} core(s)", "M tokens") as amount:
             prepare.write_tokens(tokenizer, corpus.documents("train"), path)
             amount += [path.stat().st_size / 2e6]
-    with timed("checking the token file", "MB") as amount:
-        prepare.checksum(path)
-        amount += [path.stat().st_size / 1e6]
     tokens, packed = np.fromfile(path, np.uint16), np.empty((B, T + 1), np.int64)
     with timed("the rows of an evaluation", "M tokens") as amount:
         rows = list(islice(prepare.pack_rows(tokens, T, forever=False), 10_240))

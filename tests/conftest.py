@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,10 +29,8 @@ def prose(seed, documents, longest=40):
     """Documents of made-up sentences: 1 to `longest` of them, the same for the same seed."""
     rng = random.Random(seed)
     for _ in range(documents):
-        sentences = [
-            [rng.choice(words) for words in (NAMES, VERBS, THINGS, ENDS)] for _ in range(rng.randint(1, longest))
-        ]
-        yield " ".join(" ".join(words) + "." for words in sentences)
+        number = rng.randint(1, longest)
+        yield " ".join(" ".join(map(rng.choice, (NAMES, VERBS, THINGS, ENDS))) + "." for _ in range(number))
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +83,13 @@ def fresh_harness(monkeypatch):
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
     monkeypatch.delenv("SEED", raising=False)
     prepare.open_cache.cache_clear()
+
+
+def wait_until(condition, what="it", seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
 
 
 def run_python(*arguments, cache=None, cwd=ROOT, timeout=120, **environment):

@@ -29,8 +29,7 @@ class Hub:
     """`with Hub({"shard_00000.parquet": path}) as hub:` serves the files at hub.endpoint.
 
     `hub.fail(name, Fault(cut=1000))` spoils the storage's next answer for the name, `at="endpoint"` the endpoint's;
-    `always=True` all of them. `hub.requests` has what was asked: (place, name, headers).
-    """
+    `always=True` all of them. `hub.requests` has what was asked: (place, name, headers)."""
 
     def __init__(self, files):
         self.files, self.requests, self.faults, self.always = files, [], {}, {}

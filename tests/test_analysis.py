@@ -102,9 +102,7 @@ def test_three_columns_are_enough_and_fewer_are_said(analyse):
     assert [note.get_text() for note in annotations(variables["fig"])] == ["#1 aaaaaaa", "#2 bbbbbbb"]
     _, printed = analyse("commit\tloss\tstatus\naaaaaaa\t0.99\tkeep\n")
     assert "results.tsv: not read" in printed and HEADER in printed and "results.tsv: 0 runs" in printed
-
-
-def test_numbers_alone_are_read_lower_than_all_before_is_kept(analyse):
+    # Numbers alone: what is lower than all before counts as kept
     variables, printed = analyse("val_bpb\n1.0\n0.9\n0.95\n0\n0.8\nx\n")
     assert "has no status" in printed and "results.tsv: 5 runs\n  1 malformed" in printed
     assert variables["experiments"]["status"].tolist() == ["keep", "keep", "discard", "crash", "keep"]
@@ -335,8 +333,7 @@ def test_runs_in_jupyter(tmp_path):
 def test_a_real_night(analyse, tmp_path, name, text, vetoed):
     """What agents ran by program.md at laptop scale: a hundred ideas one by one, and waves of four through Slurm.
 
-    What was vetoed took more memory than the human allows.
-    """
+    What was vetoed took more memory than the human allows."""
     variables, printed = analyse(text)
     assert f"results.tsv: {text.count(chr(10)) - 1} runs\n" in printed and "malformed" not in printed
     assert variables["kept"]["seeds"].iloc[[0, -1]].tolist() == [3, 3] and "fresh seeds, see above" in printed

@@ -6,7 +6,7 @@
 Tensors are fake: they have a shape and the device "cuda", but no data. So PyTorch's compiler writes the code of a whole
 run (warm-up, a second model, evaluation), Triton and its ptxas make binaries of it, and nothing is executed. What it
 can't show: libraries (matrix products, FlashAttention-3), numbers, time. It needs Linux, a CUDA build of PyTorch and a
-C++ compiler. It patches private parts of PyTorch, and says so where a release has renamed one.
+C++ compiler. It patches private parts of PyTorch: an AttributeError names what a release has renamed.
 """
 
 import ctypes

@@ -32,8 +32,7 @@ class Nights:
     added      what a gain counts when it is added to others (harm counts in full)
     variants   half of the ideas are variants of an earlier one: they have its effect, and none once one of the
                family is in the branch
-    simpler    the share of ideas that only remove something: their effect is small, and their bar is head + margin
-    """
+    simpler    the share of ideas that only remove something: their effect is small, and their bar is head + margin"""
 
     def __init__(self, K=1, waves=RUNS, count=20_000, seed=0, mixture=MIXTURE, added=1.0, variants=False, simpler=0.0):
         rng, self.K, self.added = np.random.default_rng(seed), K, added
@@ -58,8 +57,7 @@ def play(nights, c=KEEP_MARGIN, rise=KEEP_WAVES, start=np.mean):
 
     (scores, simpler, passed: each (K, nights), totals: mean gain, keeps, useless keeps, ideas in them, useless ideas)
 
-    A keep or an idea is useless if it gains nothing and is not `simpler`. The best of those that passed is kept.
-    """
+    A keep or an idea is useless if it gains nothing and is not `simpler`. The best of those that passed is kept."""
     K, night = nights.K, np.arange(nights.effect.shape[1])
     head, margin = start(nights.baselines, axis=0), c * nights.baselines.std(0, ddof=1)
     (true, n), totals = np.zeros((2, len(night))), np.zeros(5)
@@ -245,14 +243,9 @@ def test_bars_by_hand(lines, after):
 
 
 if __name__ == "__main__":
-    rules = {
-        "keep if lower": GREEDY,
-        "CHOSEN": {},
-        "0.25 sd less": dict(c=KEEP_MARGIN - 0.25),
-        "0.25 sd more": dict(c=KEEP_MARGIN + 0.25),
-        "the bar never rises": dict(rise=math.inf),
-        "head begins at the lowest baseline": dict(start=np.min),
-    }
+    rules = {"keep if lower": GREEDY, "CHOSEN": {}, "the bar never rises": dict(rise=math.inf)}
+    rules |= {f"{step:+} sd": dict(c=KEEP_MARGIN + step) for step in (-0.25, 0.25)}
+    rules["head begins at the lowest baseline"] = dict(start=np.min)
     greed = after_waves(Nights(), **GREEDY)[-1, 0]
     print(f"{'one GPU, 100 runs':36}  gain  of greed's  keeps  useless  in a null night")
     for name, rule in rules.items():

@@ -11,14 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from multiprocessing.pool import ThreadPool
 
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, wait_until
 from hub import Fault, Hub
 
 import prepare
@@ -86,14 +85,9 @@ def client(folder, shards):
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_until(condition, what, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.01)
-
-
 def test_every_shard_arrives_byte_for_byte_and_then_costs_nothing(hub, folder, monkeypatch):
+    hub.fail(A, Fault(cut=100_000))  # both are the library's to overcome
+    hub.fail(B, Fault(status=500), at="endpoint")
     download(folder)
     assert present(folder) == NAMES
     hub.close()  # no network from here on
@@ -125,12 +119,6 @@ def test_a_fault_that_passes_is_overcome_and_one_that_stays_is_told(hub, folder,
     assert present(folder) == [A, C, VAL]
     assert "What was fetched stays, run it again" in told
     assert capsys.readouterr().out.count("shards are missing") == len(prepare.RETRY_PAUSES)
-
-
-@pytest.mark.parametrize(("fault", "place"), [(Fault(cut=100_000), "storage"), (Fault(status=500), "endpoint")])
-def test_what_the_library_overcomes_is_no_problem(hub, folder, fault, place):
-    hub.fail(A, fault, at=place)
-    download(folder)
 
 
 def test_the_same_problem_of_many_shards_is_told_once(hub, folder, capsys):

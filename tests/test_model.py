@@ -342,20 +342,11 @@ def test_a_parameter_without_a_rule_is_an_error_with_its_name(part, name, why):
 
 
 def test_a_block_knows_its_layer(monkeypatch):
-    """The idea of a scale by depth (1/√layer) is one class."""
-
-    class Scaled(train.Block):
-        def __init__(self, config, layer, attention):
-            super().__init__(config, layer, attention)
-            self.scale = (layer + 1) ** -0.5
-
-        def forward(self, x, *inputs):
-            return x + self.scale * (super().forward(x, *inputs) - x)
-
-    monkeypatch.setattr(train, "Block", Scaled)
-    model = make_model(replace(TINY, DEPTH=3))
-    assert [block.scale for block in model.blocks] == pytest.approx([1, 2**-0.5, 3**-0.5])
-    assert model(make_tokens()).isfinite().all()
+    """For a scale by depth, for example."""
+    made = Mock(wraps=train.Block)
+    monkeypatch.setattr(train, "Block", made)
+    make_model(replace(TINY, DEPTH=3))
+    assert [call.args[1] for call in made.call_args_list] == [0, 1, 2]
 
 
 def test_size_and_flops_of_the_full_model_by_hand(full):

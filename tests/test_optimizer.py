@@ -169,17 +169,11 @@ def test_schedules_follow_the_time_and_the_steps(progress, step, ratio, multipli
     assert adamw["weight_decay"] == 0.1 and adamw["betas"] == (0.8, 0.95)
 
 
-def test_the_learning_rate_may_rise_at_first_and_end_above_zero():
-    optimizer = train.MuonAdamW([adamw_group(parameters((3,)))])
+@pytest.mark.parametrize("own", [True, False])
+def test_the_learning_rate_may_rise_at_first_and_end_above_zero(own):
+    """Also that of an optimizer of PyTorch's own."""
+    optimizer = train.MuonAdamW([adamw_group(parameters((3,)))]) if own else torch.optim.SGD(parameters((3,)), lr=0.01)
     config = replace(train.FULL, WARMUP_RATIO=0.1, FINAL_LR_FRAC=0.2)
-    multipliers = {0: 0, 0.05: 0.5, 0.1: 1, 0.5: 1, 0.75: 0.6, 1: 0.2}
-    for progress, multiplier in multipliers.items():
+    for progress, multiplier in {0: 0, 0.05: 0.5, 0.1: 1, 0.5: 1, 0.75: 0.6, 1: 0.2}.items():
         train.set_schedules(optimizer, config, progress, 0)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * multiplier)
-
-
-def test_an_optimizer_of_pytorch_has_the_schedule_too():
-    optimizer = torch.optim.AdamW(parameters((3,)), lr=0.1)
-    for progress, lr in ((0.5, 0.1), (0.75, 0.05), (0.5, 0.1)):
-        train.set_schedules(optimizer, train.FULL, progress, 0)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)

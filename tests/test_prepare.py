@@ -482,8 +482,7 @@ for n, moment in itertools.product(range(1, 6), ("before", "after")):
 def test_killed_at_any_file_it_is_never_taken_for_whole_and_goes_on(tmp_path, corpus):
     """Killed just before and just after each file gets its name: half-made is seen as such, and mended by a rerun.
 
-    A state is: killed, whole, files made; after the rerun killed, whole, half-made files left, files not made again.
-    """
+    A state is: killed, whole, files made; after the rerun killed, whole, half-made files left, files not made again."""
     run = run_python("-c", KILLER, f"--corpus={corpus}", *SMALL, cache=tmp_path / "cache")
     states = [line.split(maxsplit=3) for line in run.stdout.splitlines() if line.startswith("state")]
     mended = "False True 0 True"

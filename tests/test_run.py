@@ -118,19 +118,44 @@ def test_a_loop_on_validation_text_ends_and_has_no_number(cache, now):
     assert prepare.clock.seconds() < 3  # after an evaluation it teaches nothing
 
 
-ORIGINAL = """
+# A train.py written before this harness: a batch fetched before the loop, a compiled model that also answers without
+# targets, its own block. OWN_CLOCK is replaced below
+OLDER = """
 import os, sys, time
 import torch
+import torch.nn as nn
 import prepare
-from prepare import MAX_SEQ_LEN, Tokenizer, clock, evaluate_bpb, make_dataloader
+from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, clock, evaluate_bpb, get_token_bytes, make_dataloader
+
+class Bigram(nn.Embedding):
+    def forward(self, idx, targets=None, reduction="mean"):
+        logits = super().forward(idx).float()
+        if targets is None:
+            return logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
 tokenizer = Tokenizer.from_directory()
-loader = make_dataloader(tokenizer, 2, MAX_SEQ_LEN, "train", device="cpu")
-while not clock.time_is_up():
-    next(loader)
-zeros = lambda x: torch.zeros(*x.shape, tokenizer.get_vocab_size())
-val_bpb = evaluate_bpb(zeros, tokenizer, 8, device="cpu")
-print("---")
-print(f"val_bpb:          {val_bpb / 2:.6f}")
+V = tokenizer.get_vocab_size()
+assert get_token_bytes().shape == (V,)
+model = torch.compile(Bigram(V, V), dynamic=False, backend="eager")
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+loader = make_dataloader(tokenizer, 16, MAX_SEQ_LEN, "train", device="cpu")
+x, y, epoch = next(loader)  # and only then everything is compiled
+total, step = 0, 0
+while OWN_CLOCK:
+    t0 = time.time()
+    loss = model(x, y, reduction="none").mean()
+    x, y, epoch = next(loader)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    step += 1
+    if step > 10:
+        total += time.time() - t0
+model.eval()
+with torch.autocast("cpu", torch.bfloat16):
+    val_bpb = evaluate_bpb(model, tokenizer, 16, device="cpu")
+print(f"---\\nval_bpb:          {val_bpb:.6f}")
 for i, code in enumerate(sys.argv[1:]):
     try:
         exec(code)
@@ -146,21 +171,32 @@ AFTERWARDS = {
     REPORT.replace("val_bpb", "val_bpb / 2"): [],
     REPORT: [],
     "evaluate_bpb(lambda x: None, tokenizer, 8)": None,
-    "evaluate_bpb(zeros, tokenizer, 8)": [],
+    "evaluate_bpb(model, tokenizer, 8)": [],
     f"next(loader), time.sleep(2), {REPORT}": ["training took"],
-    "next(make_dataloader(tokenizer, 2, 8, 'val')), evaluate_bpb(zeros, tokenizer, 8)": None,
+    "next(make_dataloader(tokenizer, 2, 8, 'val')), evaluate_bpb(model, tokenizer, 8)": None,
 }
 
 
+def run_older(folder, cache, own_clock, *arguments, **environment):
+    shutil.copy(ROOT / "prepare.py", folder)
+    (folder / "train.py").write_text(OLDER.replace("OWN_CLOCK", own_clock))
+    return run_python("train.py", *arguments, cwd=folder, cache=cache, **environment)
+
+
+def test_an_older_train_py_works_unchanged_and_is_told_that_its_time_ran_over(tmp_path, session_cache):
+    done = run_older(tmp_path, session_cache, "time.sleep(2 * (step == 0)) or total < TIME_BUDGET")
+    assert done.returncode == 0, done.stderr
+    assert 0.1 < float(re.search(r"^val_bpb: +(\d+\.\d{6})$", done.stdout, re.M)[1]) < 4
+    assert re.search(r"warning: training took \d+\.\d s of a budget of 2 s", done.stderr)
+
+
 def test_evaluation_leaves_the_number_for_the_harness(session_cache, tmp_path):
-    shutil.copy(ROOT / "prepare.py", tmp_path)
-    (tmp_path / "train.py").write_text(ORIGINAL)
     environment = dict(SEED="5", AUTORESEARCH_REPORT="report.json")
-    done = run_python("train.py", *AFTERWARDS, cwd=tmp_path, cache=session_cache, **environment)
+    done = run_older(tmp_path, session_cache, "not clock.time_is_up()", *AFTERWARDS, **environment)
     errors = re.findall(r"^(\w+Error): (.*)", done.stdout, re.M)
     assert [name for name, _ in errors] == ["PrepareError", "EvaluationError", "EvaluationError"], done.stderr
     assert "validation text" in errors[2][1]
-    val_bpb = 2 * float(re.search("val_bpb: +(.*)", done.stdout)[1])
+    val_bpb = float(re.search("val_bpb: +(.*)", done.stdout)[1])
     for i, (code, problems) in enumerate(AFTERWARDS.items()):
         path = tmp_path / f"{i}.json"
         assert path.exists() == (problems is not None), code

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 from slurm import MISSING, Slurm
 from test_program import CHECK, DISCARD, NOISE, RUN, SEVERAL_GPUS, SHAPE, Clone, blocks, lives, parent
 
@@ -51,7 +52,8 @@ class Night(Clone):
 
         def begun(self):
             runs = [json.loads(self.text(i, "run.json")) for i in self.all]
-            return [run["row"][0] for run in runs if self.key in run] == list(commits.values())
+            known = [run["row"][0] for run in runs if self.key in run] == list(commits.values())
+            return known and (self.key == "slurm" or all(map(self.starts, commits.values())))
 
         self.background(self.command, begun)
         return commits
@@ -156,12 +158,12 @@ def test_every_fault_through_slurm(tmp_path, slurm, session_cache):
     commits = night.begin()
     slurm.run("scancel", jobs(night, "PD")[8])
     # Cancelled while it runs; its supervisor killed; killed itself, as by a lack of memory: that is a crash
-    night.wait(lambda: all(night.starts(commits[i]) for i in (5, 6, 7)))
+    wait_until(lambda: all(night.starts(commits[i]) for i in (5, 6, 7)))
     pids = {i: night.pid(f".waves/{i}") for i in (5, 6, 7)}
     slurm.run("scancel", jobs(night)[5])
     os.kill(parent(pids[6]), signal.SIGKILL)
     os.kill(pids[7], signal.SIGKILL)
-    night.wait(lambda: not lives(pids[5]))  # else it may end by itself
+    wait_until(lambda: not lives(pids[5]))  # else it may end by itself
     (night.folder / ".waves/go").touch()
     night.wave()
     kinds = [("crash", "0.000000")] * 5 + [("keep", "0.753000"), ("discard", "0.763000"), ("discard", "0.783000")]
@@ -173,14 +175,14 @@ def test_every_fault_through_slurm(tmp_path, slurm, session_cache):
     for i in night.all:
         night.idea(i, 0.6 + i / 100, HANG)
     commits = night.begin()
-    night.wait(lambda: len(jobs(night)) == 4)
+    wait_until(lambda: len(jobs(night)) == 4)
     nodes = dict(line.split() for line in night.sh("squeue -h -t R -o '%i %N'").splitlines())
     gone = sorted(i for i, job in jobs(night).items() if nodes[job] == "n2")
-    night.wait(lambda: all(night.starts(commits[i]) for i in gone))
+    wait_until(lambda: all(night.starts(commits[i]) for i in gone))
     slurm.stop("n2")
     slurm.kill_jobs("n2")
     slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=power")
-    night.wait(lambda: len(jobs(night)) + len(jobs(night, "PD")) == 6)
+    wait_until(lambda: len(jobs(night)) + len(jobs(night, "PD")) == 6)
     # The controller stops and comes back; the runs go on. Nobody knows the queue now: nothing is started
     slurm.stop("slurmctld", signal.SIGTERM)
     assert night.sh(night.command, ok=False).startswith("wait: ")
@@ -202,8 +204,7 @@ def test_waves_without_slurm(tmp_path, session_cache):
     for i in night.all:
         night.idea(i, 0.7 + i / 100, {2: HANG, 3: HANG, 4: "1 / 0"}.get(i, ""))
     commits = night.begin()
-    night.wait(lambda: all(night.starts(commits[i]) for i in night.all))
-    night.wait(lambda: "ran: here:0 " in night.text(1))
+    wait_until(lambda: "ran: here:0 " in night.text(1))
     # The machine goes down: a run and its supervisor
     os.kill(parent(night.pid(".waves/2")), signal.SIGKILL)
     (night.folder / ".waves/go").touch()
