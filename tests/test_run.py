@@ -49,7 +49,7 @@ def test_the_block_has_every_line_in_order(both):
     assert re.fullmatch(r"[0-9a-f]{12}", values["harness"]) and other["harness"] == values["harness"]
     assert finished.stderr == "" and "warning" not in finished.stdout
     assert "\r" not in finished.stdout and len(finished.stdout.splitlines()) < 40
-    assert re.search(r"^step .* loss", finished.stdout, re.M)
+    assert "no MFU" in both[0].stdout and re.search(r"^step .* loss", finished.stdout, re.M)
     # The budget is kept within a step
     seconds, steps = float(values["training_seconds"]), int(values["num_steps"])
     assert 2 <= seconds <= 2 + 3 * seconds / steps + 0.1  # the steps are not all of one length
