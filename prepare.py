@@ -311,7 +311,7 @@ def read_table_file(path, kind):
     header = next(read_lines(path), "")
     separator = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
     delimiter = separator if separator in header else "\x1f"  # a single column: commas are text
-    width = header.count(delimiter) or -1  # of a line that looks like a row
+    width = header.count(delimiter) or -1  # delimiters of a row; of a single column no line looks like one
 
     def rows(quoting):
         for row in csv.DictReader(read_lines(path), delimiter=delimiter, quoting=quoting, strict=True):
@@ -319,7 +319,7 @@ def read_table_file(path, kind):
                 raise ValueError("it has more cells than the first line has names")
             cells = {name: cell for name, cell in row.items() if cell is not None}
             inner = [cell.split("\n")[1:-1] for cell in cells.values()]  # the whole lines inside a cell
-            if any(len(part) > 10 and {line.count(delimiter) for line in part} == {width} for part in inner):
+            if any(len(part) > 10 and all(line.count(delimiter) == width for line in part) for part in inner):
                 raise ValueError("quotation marks enclose whole rows: one may not be closed")
             yield cells
 
@@ -362,11 +362,11 @@ def own_corpus(path, column, length=DOCUMENT_CHARS):
     A file that is named itself is text if its ending says nothing else."""
     files = [""] if path.is_file() else sorted(glob.glob("**", root_dir=path, recursive=True))
     files = {name: (path / name).resolve() for name in files if (path / name).is_file()}
-    names = {real: name for name, real in files.items() if path.is_file() or endings(path / name)[0] in KINDS}
-    others = Counter("".join(endings(path / name)) or "no ending" for name, real in files.items() if real not in names)
+    chosen = {real: name for name, real in files.items() if path.is_file() or endings(path / name)[0] in KINDS}
+    others = Counter("".join(endings(path / name)) or "no ending" for name, real in files.items() if real not in chosen)
     others = [f"{number} {kind}" for kind, number in others.most_common(5)] + ["…"] * (len(others) > 5)
     passed_over = f", passed over: {', '.join(others)}" if others else ""
-    names = list(names.values())  # each file once, whatever links there are
+    names = list(chosen.values())  # each file once, whatever links there are
     if not names:
         kinds = f"{', '.join(KINDS)} (all but .parquet also with {', '.join(COMPRESSIONS)})"
         raise PrepareError(f"--corpus {path} is no file of text, nor a folder with one: {kinds}{passed_over}")
@@ -630,8 +630,8 @@ def pack_rows(tokens, T, forever):
             if not buffer:
                 return
             fitting = bisect_left(buffer, (room + 1,))  # the documents before this index fit whole
-            pick = bisect_left(buffer, (buffer[fitting - 1][0],)) if fitting else 0  # else the shortest, to be cropped
-            length, its_epoch, start = buffer.pop(pick)
+            length = buffer[max(fitting - 1, 0)][0]  # of the longest that fits, else of the shortest, to be cropped
+            length, its_epoch, start = buffer.pop(bisect_left(buffer, (length,)))  # among equals the one read first
             row.append((start, min(length, room)))
             room, epoch = max(room - length, 0), max(epoch, its_epoch)
         yield row, epoch
@@ -847,7 +847,7 @@ def evaluate_bpb(model, tokenizer, batch_size, device=None):
 
     A submission may not look beyond the tokens that it predicts from. On several batches whole other rows are changed,
     then each row from a random position t on. The logits of the rows left alone, and those before t, must stay. A model
-    that fails in anything gets EvaluationError and no number."""
+    that is seen to fail gets EvaluationError and no number."""
     device = torch.device(device or get_device())
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()  # what is still being computed is training
@@ -1130,7 +1130,7 @@ EDIT = "status --porcelain -uno -- train.py".split()  # git says whether train.p
 BASELINES = 3  # runs of the baseline, at least; with several GPUs one more
 CHECK_RUNS, CHECK_SEED = 3, 100  # seeds of a check; the lowest one. An idea has seed 0, the baseline 0, 1, 2, …
 GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before it is ended
-STARTS = 3  # of a run that ends without a word, before it counts as a crash
+STARTS = 3  # of a run whose supervisor was ended each time, before it counts as a crash
 WAIT = 45  # seconds that `run` waits: many agents' shells end a command after a minute
 PAUSE, BEAT = 10, 3  # seconds between two passes of the loop; between two looks of a supervisor
 
@@ -1150,7 +1150,7 @@ def run_night(check, wait, sbatch):
             begun = [tree for tree, row in plan.items() if runs[tree]["row"] == row]
             ended = [tree for tree in begun if runs[tree]["end"]]
             for tree, row in plan.items():
-                if tree not in ended and not (tree in begun and tree in alive):
+                if not (tree in begun and (tree in ended or tree in alive)):
                     start(tree, row, night.trees, runs[tree], sbatch)
             if len(ended) == len(plan):
                 record(night, {tree: runs[tree] for tree in plan})
@@ -1234,8 +1234,8 @@ def open_night():
         trees = sorted(waves, key=lambda tree: (len(tree.name), tree)) or [Path()]  # 10 after 9
         rows = [row for row in read_table() if row.branch == branch]
         kept = [row.commit for row in rows if row.status == "keep" and not is_check(row)] or [None]
-        rejected, wave = {row.commit for row in rows} - {*kept}, 1 + max((row.wave for row in rows), default=0)
-        night = Night(branch, trees, rows, kept[0], kept[-1], rejected, wave)
+        rejected = {row.commit for row in rows}.difference(kept)
+        night = Night(branch, trees, rows, kept[0], kept[-1], rejected, 1 + max((row.wave for row in rows), default=0))
         align_git(night)
         yield night
 
@@ -1256,8 +1256,8 @@ def commit_of(tree, name="HEAD"):
 
 def idea_commits(tree, night):
     """The commits above the head, the last one first: in the clone, where a human may commit, those of train.py."""
-    only = ["--", "train.py"] if Path(tree) == Path() else [f"^{commit_of('.')}"]
-    found = git("log", "--format=%H", "HEAD", f"^{night.head}", *only, tree=tree)
+    only = ["--", "train.py"] if Path(tree) == Path() else ["--not", commit_of(".")]  # this file; not the clone's
+    found = git("log", "--format=%H", f"{night.head}..HEAD", *only, tree=tree)
     return [commit[:7] for commit in found.split()]
 
 
@@ -1343,11 +1343,11 @@ def plan_ideas(night, begun):
             plan[tree] = begun[tree]
         elif found and found[0] not in [row.commit for row in plan.values()]:
             newest, oldest, mend = found[0], found[-1], ""
-            if tree not in night.trees:
+            if tree not in night.trees:  # in the clone, but ideas belong into worktrees
                 mend = f"`git -C .waves/1 cherry-pick {oldest}`, then `{typed} rebase --onto {oldest}~1 {oldest}`"
-            elif oldest in night.rejected:
+            elif oldest in night.rejected:  # on top of what was not kept
                 mend = f"`{typed} rebase --onto {oldest}~1 {oldest}`"
-            elif git("merge-base", "HEAD", night.head, tree=tree)[:7] != night.head:
+            elif git("merge-base", "HEAD", night.head, tree=tree)[:7] != night.head:  # on another base
                 mend = f"`{typed} rebase --onto {night.head} {oldest}~1`"
             elif len(found) > 1 or git("diff", "--name-only", f"{newest}~1", newest, ".", ":!train.py", tree=tree):
                 mend = f"`{typed} reset --soft {oldest}~1`, then `{typed} commit -m WHAT train.py`"
@@ -1365,7 +1365,7 @@ ERROR = re.compile(r"Fatal Python error|train\.py: error|[\w.]*(Error|Exception|
 
 
 def read_run(tree):
-    """What start() wrote into a tree, and as "end" what supervise() left of that run: None while it goes on."""
+    """What start() wrote into a tree, and as "end" what supervise() left of that run: None if it has not ended."""
     run = {"row": None, "started": None, "starts": 0, "end": None}
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         facts = json.loads((tree / "run.json").read_bytes())
@@ -1401,7 +1401,7 @@ def start(tree, row, trees, before, sbatch):
         git("show", f"{row.commit}:./train.py", tree=tree, stdout=f)
     run = {"row": row, "started": time.time(), "starts": starts}
     write_json(tree / f"run.{run['started']}.end", None)  # later it is only replaced: NFS may hide a new name a while
-    write_json(tree / "run.json", run if sbatch is None else run | {"starts": starts - 1})  # Slurm may refuse it
+    write_json(tree / "run.json", {**run, "starts": starts - (sbatch is not None)})  # a refused job is no start
     command = [sys.executable, __file__, "supervise", str(tree), str(run["started"])]
     if sbatch is None:
         with open(log, "wb") as f, open(log, "rb+") as lock:  # the supervisor inherits both, and with it the lock
@@ -1431,8 +1431,8 @@ def time_limit():
 
 def supervise(tree, started):
     """Run run.py to its end or its limit. Then say in the end file what came of it: its number, or the problem."""
-    end, seed, limit = (tree / f"run.{started}.report").resolve(), read_run(tree)["row"].seed, time_limit()
-    env = dict(SEED=str(seed), AUTORESEARCH_REPORT=str(end), PYTHONFAULTHANDLER="1", PYTHONUNBUFFERED="1")
+    report_file, seed, limit = (tree / f"run.{started}.report").resolve(), read_run(tree)["row"].seed, time_limit()
+    env = dict(SEED=str(seed), AUTORESEARCH_REPORT=str(report_file), PYTHONFAULTHANDLER="1", PYTHONUNBUFFERED="1")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     popen = partial(subprocess.Popen, start_new_session=True)  # a process group of its own
     run = popen([sys.executable, "run.py"], cwd=tree, env=os.environ | env, stdin=subprocess.DEVNULL)
@@ -1452,9 +1452,9 @@ def supervise(tree, started):
         time.sleep(2)  # if a cluster ends the job, it now ends this process too, and the run is no crash
     killer.communicate()
     problem = f"hang: no end after {limit} s" if hangs else last_words(tree, run.wait())
-    if not end.exists():
-        write_json(end, {"problems": [problem]})
-    os.replace(end, end.with_suffix(".end"))
+    if not report_file.exists():
+        write_json(report_file, {"problems": [problem]})
+    os.replace(report_file, report_file.with_suffix(".end"))
 
 
 def last_words(tree, status=0):
@@ -1478,7 +1478,7 @@ KEEP_WAVES = 50  # waves without a keep after which the margin is 0: half a nigh
 class Bar(NamedTuple):
     """What the next idea has to beat. Of each wave (on one GPU a wave is one run) the best below its bar is kept."""
 
-    head: float = math.nan  # the mean of the baseline, later the number of the last kept run
+    head: float = math.nan  # the mean of the baseline, later of the last kept run, which `simpler` code never raises
     margin: float = math.nan  # KEEP_MARGIN standard deviations of the baseline
     n: int = 0  # waves since the last keep, without those that only crashed, at most KEEP_WAVES
     known: frozenset = frozenset()  # the commits of the baseline and of what was kept
@@ -1521,11 +1521,11 @@ def record(night, runs):
     writes no row, for another harness and a baseline without a number."""
     ended = [(run["row"], run["end"]) for run in runs.values()]
     names = dict.fromkeys([row.harness for row in night.rows] + [end.get("harness", "") for _, end in ended])
-    first, *others = [name for name in names if name] or [""]
+    names = [name for name in names if name]  # the baseline's is the first, a crash has none
     why = "undo what has changed in prepare.py, PyTorch or the prepared text"
-    void = [f"the harness is {other}, that of the baseline {first}: {why}" for other in others]
-    failed = all(row.status == "keep" and not is_check(row) and end["problems"] for row, end in ended)
-    if failed and (not night.base or night.rows[-1].status == "crash"):  # else one seed that fails: that has a row
+    void = [f"the harness is {name}, that of the baseline {names[0]}: {why}" for name in names[1:]]
+    baseline_failed = all(row.status == "keep" and not is_check(row) and end["problems"] for row, end in ended)
+    if baseline_failed and (not night.base or night.rows[-1].status == "crash"):  # else that seed has a row
         void.append(f"the baseline has no number ({ended[0][1]['problems'][0]})")
     if void:
         for tree in runs:
@@ -1558,7 +1558,7 @@ def idea_text(night):
     lines += [row.line(5) for row in last]
     missed = sorted((row for row in last if row.status == "discard"), key=lambda row: row.val_bpb)
     below = [f"tried/{row.commit}" for row in missed if row.val_bpb < then.of(row)]
-    below = below if "keep" in [row.status for row in last] else below[1:]  # the best was taken back
+    below = below if "keep" in [row.status for row in last] else below[1:]  # the first was taken back
     near = [f"tried/{row.commit}" for row in missed if then.of(row) <= row.val_bpb < then.head]
     lines += [f"also below the bar: {' '.join(below)}: on the new head one of the next ideas"] if below else []
     lines += [f"near miss, better than head was: {' '.join(near)}"] if near else []
