@@ -1,8 +1,7 @@
 """How fast data is made ready and read, stage by stage. Run by hand:
 
-    uv run tests/bench_prepare.py [FOLDER]      a folder of climbmix-like shards (*.parquet, column text)
+    uv run tests/bench_prepare.py FOLDER      climbmix-like shards (*.parquet, column text), the last one is validation
 
-The last shard in name order is validation. Without a folder it makes shards from the Python source on this machine.
 Stages: download from a hub on loopback, tokenizer, tokenizing (one core, and all), the rows of a full-scale evaluation,
 packed batches against the plain packer of the tests.
 """
@@ -16,8 +15,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,15 +34,6 @@ def timed(what, unit):
     yield amount
     seconds = time.perf_counter() - started
     print(f"{what:<34}{seconds:8.2f} s   {sum(amount) / seconds:,.1f} {unit}/s", flush=True)
-
-
-def source_shards(folder):
-    """Four shards of Python source, about 20 MB of text each, as climbmix lays them out."""
-    texts = list(islice(prepare.source_corpus(length=None).documents("train"), 5_000))
-    for i in range(4):
-        table = pa.table({"text": texts[i::4]})
-        pq.write_table(table, folder / f"{i}.parquet", compression="zstd", row_group_size=512)
-    return folder
 
 
 def main(folder, found):
@@ -80,5 +68,4 @@ def main(folder, found):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        shards = Path(sys.argv[1]) if sys.argv[1:] else source_shards(Path(temporary))
-        main(Path(temporary), sorted(shards.glob("*.parquet")))
+        main(Path(temporary), sorted(Path(sys.argv[1]).glob("*.parquet")))

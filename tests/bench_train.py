@@ -4,10 +4,12 @@
     uv run tests/bench_train.py old/train.py train.py        two files in turns, to compare them
     uv run tests/bench_train.py --seconds 40 --rounds 3 …    the default
     uv run tests/bench_train.py --load 1 …                   beside one process that keeps a core busy
+    uv run tests/bench_train.py --float32 …                  as on a processor that does not multiply in bfloat16
 
-Each run is a whole one, with the data, clock and evaluation of the harness, on a budget of --seconds. The first run of
-a file starts with an empty compiler cache, the later ones use what it left. Printed are the numbers that each run
-reports, with the seconds of its process outside the budget, and for each file the median of its later runs.
+A file may have the original's form (num_steps then has ten steps that its clock does not count). Each run is a whole
+one, with the data, clock and evaluation of the harness, on a budget of --seconds. The first one of a file starts with
+an empty compiler cache, the later ones use what it left. Printed are the numbers of each run's block, the seconds of
+its process outside the budget, and for each file the median of its later runs.
 
 A prediction to compare a profile with, of a step of the full model on an H100 (790 TFLOP/s, 3 TB/s), in ms: matrices of
 the blocks 102; norms, rotary, residuals and embeddings 57; attention 41; ReLU² 29; head 17; soft cap and loss 11;
@@ -21,6 +23,7 @@ one too many for an index of 32 bits. Evaluation computes 1.7 PFLOP and reads 69
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -33,25 +36,31 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare
 
 ROOT = Path(prepare.__file__).parent
-# What a run reports, and how it is printed
 COLUMNS = dict(num_steps=",.0f", val_bpb=".4f", total_tokens_M=",.1f", mfu_percent=".1f", peak_vram_mb=",.0f")
 COLUMNS |= dict(seconds_outside=".1f")
 
 
-def run(file, cache, compiler_cache, load):
-    """Run the file beside `load` busy processes. Returns the number of each column."""
-    paths = dict(AUTORESEARCH_CACHE=cache, AUTORESEARCH_REPORT=cache / "report", TORCHINDUCTOR_CACHE_DIR=compiler_cache)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **{name: str(path) for name, path in paths.items()}}
+FLOAT32 = {"_is_avx512_bf16_supported": "_", ".bfloat16()": ".float()", "torch.bfloat16": "torch.float32"}
+
+
+def run(file, cache, compiler_cache, load, float32):
+    """Run a copy of the file beside `load` busy processes. Returns the number of each column."""
+    source, copy = file.read_text(), cache / "train.py"
+    for name, other in FLOAT32.items() if float32 else ():
+        source = source.replace(name, other)
+    copy.write_text(source)
+    paths = dict(AUTORESEARCH_CACHE=cache, TORCHINDUCTOR_CACHE_DIR=compiler_cache, PYTHONPATH=ROOT)
+    environment = os.environ | {name: str(path) for name, path in paths.items()}
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
     began = time.monotonic()
     try:
-        subprocess.run([sys.executable, file], env=environment, stdout=sys.stderr, check=True)
+        output = subprocess.run([sys.executable, copy], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     finally:
         for process in busy:
             process.kill()
-    seconds, report = time.monotonic() - began, json.loads(paths["AUTORESEARCH_REPORT"].read_text())
-    report["seconds_outside"] = seconds - float(report["training_seconds"])
-    return [float(report[name]) for name in COLUMNS]
+    block = dict(re.findall(r"(?m)^(\w+): +(\S+)$", output.stdout))
+    block["seconds_outside"] = time.monotonic() - began - float(block["training_seconds"])
+    return [float(block[name]) for name in COLUMNS]
 
 
 def print_row(title, numbers):
@@ -65,6 +74,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=40, help="of training per run")
     parser.add_argument("--rounds", type=int, default=3, help="runs per file, at least two")
     parser.add_argument("--load", type=int, default=0, help="busy processes beside each run")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16")
     args = parser.parse_args()
     runs = {file.resolve(): [] for file in args.files}
     print(f"| file | {' | '.join(COLUMNS)} |\n|{'---|' * (1 + len(COLUMNS))}")
@@ -74,7 +84,7 @@ def main():
         (cache / prepare.MANIFEST).write_text(json.dumps(manifest, default=str))
         for n in range(1, max(args.rounds, 2) + 1):
             for i, (file, results) in enumerate(runs.items()):
-                results.append(run(file, cache, cache / f"compiled{i}", args.load))
+                results.append(run(file, cache, cache / f"compiled{i}", args.load, args.float32))
                 print_row(f"{file.parent.name}/{file.name}, run {n}", results[-1])
     for file, results in runs.items():
         median = [statistics.median(column) for column in zip(*results[1:])]
