@@ -3,11 +3,11 @@
     uv run prepare.py                     download climbmix, train the tokenizer, tokenize (once per machine)
     uv run prepare.py --corpus source     the same from the Python source on this machine, without a download
     uv run prepare.py --corpus DIR        the same from your own files of text
-    uv run prepare.py run                 a night: all but the ideas of program.md
+    uv run prepare.py run                 the one command of a night of research (program.md)
 
 The data goes one way: corpus files → BPE ranks → token files + manifest → packed batches → bits per byte.
-Nobody edits this file during research: all but the night is in the fingerprint under which numbers compare.
-`train.py` imports from here. Nothing here imports `train.py`.
+Nobody edits this file during research. `train.py` imports from here, never the other way. A run prints a fingerprint of
+all in this file but the night, and of what was prepared: two numbers compare only if theirs are equal.
 """
 
 import argparse
@@ -73,8 +73,8 @@ SPECIAL_TOKENS = ["<|bos|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>
 TOKENIZER_CHARS = 100_000_000  # text that the tokenizer learns from; twice as much compresses no better
 TOKENIZER_DOC_CHARS = 10_000  # of one document, so that no long document dominates
 
-DOCUMENT_CHARS = 4_000  # a longer document is cut (not in climbmix): a row takes a document whole or its beginning
-VAL_SHARE = 0.05  # share of the text that is validation, if nothing is named so
+DOCUMENT_CHARS = 4_000  # a longer document is cut (not in climbmix), else rows would lose what they have no room for
+VAL_FRACTION = 0.05  # of the text is validation, unless files are named as VAL_NAME says
 MIN_VAL_ROWS = 16  # fewer validation rows say nothing
 MOST_REPEATED = 0.5  # share of the validation documents that may be training documents too
 BUFFER_DOCS, REFILL_DOCS = 1_000, 128  # documents from which a row is packed; documents read at a time
@@ -160,8 +160,7 @@ def load_manifest(cache):
         files = {kind: cache / name for kind, name in manifest["files"].items()}
         return {key: manifest[key] for key in ("command", "constants", "seal")} | {"files": files}
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
-        how = "run `uv run prepare.py` (no download: --corpus source)"
-        raise PrepareError(f"nothing is prepared in {cache}: {how}") from error
+        raise PrepareError(f"nothing is prepared in {cache}: run `uv run prepare.py [--corpus source]`") from error
 
 
 def seal(paths):
@@ -197,7 +196,7 @@ def __getattr__(name):
 
 
 def fingerprint():
-    """12 hex digits over this file but the night, PyTorch, device, constants and text: numbers under another differ."""
+    """12 hex digits over all that a number depends on: this file but the night, PyTorch, device, constants and text."""
     folder, device = open_cache(cache_dir()), device_name().split(",")[0]  # without the threads of a CPU
     return cache_key(SOURCE, torch.__version__, device, folder["constants"], folder["seal"])
 
@@ -212,7 +211,7 @@ VAL_NAME = r"(?i)(?<![a-z])(val|valid(ation|ate)?|dev|devel|test|eval(uation)?|h
 
 class Corpus:
     """Files of training and of validation text in reading order, and how they are read. If both are the same files, the
-    last VAL_SHARE of the characters is validation: one document at most is divided."""
+    last VAL_FRACTION of the characters is validation: one document at most is divided."""
 
     def __init__(self, train, val, note, column="text", length=DOCUMENT_CHARS):
         self.paths, self.shared, self.note = {"train": train, "val": val}, train == val, note
@@ -222,21 +221,21 @@ class Corpus:
     def key(self, split):
         """Hex key of a split: other files (name, size, modification time) or another way to read them change it."""
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths[split]]
-        return cache_key(files, self.column, self.length, split, self.shared and VAL_SHARE)
+        return cache_key(files, self.column, self.length, split, self.shared and VAL_FRACTION)
 
     def documents(self, split):
         """Yields the documents (str) of a split, none of them empty. Raises PrepareError for a file of no use."""
-        position = 0  # of a piece, in characters of the whole text
+        position = 0  # of a piece in the whole text, in characters: cut() loses none
         for text in self.texts(split):
             for piece in cut(text, self.length):
-                side = ("train" if position < self.border else "val") if self.shared else split
+                side = ("train" if position < self.val_begins_at else "val") if self.shared else split
                 if side == split and piece.strip():
                     yield piece
                 position += len(piece)
 
     @cached_property
-    def border(self):
-        return (1 - VAL_SHARE) * sum(map(len, self.texts("train")))
+    def val_begins_at(self):  # needs a pass of its own over the text
+        return (1 - VAL_FRACTION) * sum(map(len, self.texts("train")))
 
     def texts(self, split):
         """Yields the text of each row, "" for null and where the column is missing."""
@@ -260,7 +259,7 @@ class Corpus:
 
 
 def cut(text, length):
-    """Pieces of about `length` characters, each to the end of a line where there is one; [text] if length is None."""
+    """Pieces of at most `length` characters, which end with a line where possible; [text] if `length` is None."""
     return re.findall(rf"(?s).{{1,{length - 1}}}(?:\n|\Z)|.{{{length}}}", text) if length else [text]
 
 
@@ -311,7 +310,7 @@ def read_table_file(path, kind):
     header = next(read_lines(path), "")
     separator = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
     delimiter = separator if separator in header else "\x1f"  # a single column: commas are text
-    width = header.count(delimiter) or -1  # delimiters of a row; of a single column no line looks like one
+    width = header.count(delimiter) or -1  # delimiters in a row; no line has -1, for a single column
 
     def rows(quoting):
         for row in csv.DictReader(read_lines(path), delimiter=delimiter, quoting=quoting, strict=True):
@@ -359,7 +358,7 @@ def source_corpus(length=DOCUMENT_CHARS):
 def own_corpus(path, column, length=DOCUMENT_CHARS):
     """The user's own file, or those of a folder and its sub-folders by name, each once; hidden ones are left out.
 
-    A file that is named itself is text if its ending says nothing else."""
+    A file that the user names is read as text if its ending is not known."""
     files = [""] if path.is_file() else sorted(glob.glob("**", root_dir=path, recursive=True))
     files = {name: (path / name).resolve() for name in files if (path / name).is_file()}
     chosen = {real: name for name, real in files.items() if path.is_file() or endings(path / name)[0] in KINDS}
@@ -374,7 +373,7 @@ def own_corpus(path, column, length=DOCUMENT_CHARS):
     note = f"validation is, by their names, {', '.join(val[:3])}{', …' * (len(val) > 3)}"
     if not train or not val:
         train = val = names
-        note = f"validation is the last {VAL_SHARE:.0%} of the text"
+        note = f"validation is the last {VAL_FRACTION:.0%} of the text"
     train, val = ([path / name for name in side] for side in (train, val))
     return Corpus(train, val, f"{path}: {len(names):,} file(s), {note}{passed_over}", column, length)
 
@@ -390,7 +389,7 @@ def climbmix_corpus(folder, num_shards, workers):
 
 
 # -----------------------------------------------------------------------------
-# Download. A shard appears under its name when its sha256 has been verified, so one that is there is taken for good
+# Download. A shard gets its name only after its sha256 was verified, so a file with that name is good
 
 REPO = "karpathy/climbmix-400b-shuffle"
 LAST_SHARD = 6542
@@ -560,7 +559,7 @@ def read_tokens(split):
 
 
 # -----------------------------------------------------------------------------
-# Device
+# Device, clock
 
 
 def get_device():
@@ -610,6 +609,66 @@ def device_name():
     return f"{name or torch.cuda.get_device_name()}, torch {torch.__version__}"
 
 
+class Clock:
+    """The time that a model has to learn in, from the first batch of make_dataloader to the beginning of evaluation.
+
+    Another batch or evaluation after that continues the time as if it had never stopped. What a run computes before its
+    first batch is not seen. `val_bpb` is the number of the last evaluation, None before it and if it failed."""
+
+    def __init__(self):
+        self.started = self.stopped = self.val_bpb = None
+        self.val_seen = self.val_seen_too_early = False  # was validation text handed out, and before the evaluation?
+        self.step_ends, self.batch_since = [0.0], False  # seconds() at the last ends of steps; a batch came since then?
+
+    def start(self):
+        if self.started is None:
+            self.started = time.monotonic()
+            if get_device().type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # the warm-up's attempts are not the run's memory
+        self.stopped, self.batch_since = None, True
+
+    def begin_evaluation(self):
+        self.val_bpb, self.val_seen_too_early = None, self.val_seen
+        if self.started is not None:
+            self.stopped = time.monotonic()
+
+    def seconds(self):
+        """Seconds of training so far; 0.0 before the first batch."""
+        return 0.0 if self.started is None else (self.stopped or time.monotonic()) - self.started
+
+    def progress(self):
+        """The used share of the budget, 0 to 1."""
+        return min(self.seconds() / constants()["TIME_BUDGET"], 1.0)
+
+    def limit(self):
+        """Seconds after which a run is void: the last step may end a little after the budget."""
+        return 1.02 * constants()["TIME_BUDGET"] + 1
+
+    def time_is_up(self):
+        """Asked before each step: is the budget used, or would another step end beyond the limit?
+
+        The next step should take as long as the quicker one of the last two, as one may have compiled."""
+        if self.batch_since:
+            self.step_ends, self.batch_since = [*self.step_ends[-2:], self.seconds()], False
+        steps = [after - before for before, after in pairwise(self.step_ends)]
+        step = 1.1 * min(steps) if len(steps) == 2 else 0.0  # a tenth more, as steps differ
+        return self.progress() >= 1.0 or self.seconds() + step > self.limit()
+
+    def violation(self):
+        """Why the training breaks the rules, or None."""
+        if self.started is None:
+            return "no batch of make_dataloader was asked for, so the clock never ran"
+        if self.val_seen_too_early:
+            return 'make_dataloader(…, "val") handed out validation text before the evaluation'
+        if self.seconds() > self.limit():
+            budget = f"a budget of {constants()['TIME_BUDGET']} s"
+            return f"training took {self.seconds():.1f} s of {budget} (all up to the last evaluation counts)"
+        return None
+
+
+clock = Clock()
+
+
 # -----------------------------------------------------------------------------
 # Loader
 
@@ -626,12 +685,12 @@ def pack_rows(tokens, T, forever):
         row, room = [], T + 1
         while room:
             while len(buffer) < BUFFER_DOCS and (more := list(islice(stream, REFILL_DOCS))):
-                buffer = sorted(buffer + more)
+                buffer = sorted(buffer + more)  # by length, then by age
             if not buffer:
                 return
             fitting = bisect_left(buffer, (room + 1,))  # the documents before this index fit whole
-            length = buffer[max(fitting - 1, 0)][0]  # of the longest that fits, else of the shortest, to be cropped
-            length, its_epoch, start = buffer.pop(bisect_left(buffer, (length,)))  # among equals the one read first
+            wanted = buffer[max(fitting - 1, 0)][0]  # the longest that fits, else the shortest, which is cropped
+            length, its_epoch, start = buffer.pop(bisect_left(buffer, (wanted,)))  # the oldest one of that length
             row.append((start, min(length, room)))
             room, epoch = max(room - length, 0), max(epoch, its_epoch)
         yield row, epoch
@@ -659,8 +718,8 @@ def make_dataloader(tokenizer, B, T, split, device=None):
     """Yields (x, y, epoch) forever: int64 tensors (B, T) on `device`, by default get_device(); y follows x by a token.
 
     Every row starts with BOS and is packed as `pack_rows` says. The same split, B and T give the same batches. A batch
-    that was handed out never changes. The first one starts the clock. A training batch after an evaluation continues
-    it, a validation batch before the evaluation makes the run void. Raises PrepareError, ValueError for B, T, split."""
+    that was handed out never changes. The first one starts the clock, and a training batch after an evaluation does so
+    again. Validation batches before the evaluation make a run void. Raises PrepareError, ValueError for B, T, split."""
     if B < 1 or T < 1:
         raise ValueError(f"make_dataloader needs B ≥ 1 and T ≥ 1, got B={B}, T={T}")
     tokens = read_tokens(split)
@@ -701,69 +760,7 @@ def batches(tokens, B, T, device):
 
 
 # -----------------------------------------------------------------------------
-# Run: clock, seed, report
-
-
-class Clock:
-    """The time that a model has to learn in, from the first batch of make_dataloader to the beginning of evaluation.
-
-    Another batch or evaluation after that continues the time as if it had never stopped. What a run computes before its
-    first batch is not seen. `val_bpb` is the number of the last evaluation, None before it and if it failed."""
-
-    def __init__(self):
-        self.started = self.stopped = self.val_bpb = None
-        self.val_seen = self.val_seen_before = False  # was validation text handed out, and before the evaluation?
-        self.step_ends, self.batch_since = [0.0], False  # seconds() at the last ends of steps; a batch came since then?
-
-    def start(self):
-        if self.started is None:
-            self.started = time.monotonic()
-            if get_device().type == "cuda":
-                torch.cuda.reset_peak_memory_stats()  # the warm-up's attempts are not the run's memory
-        self.stopped, self.batch_since = None, True
-
-    def begin_evaluation(self):
-        self.val_bpb, self.val_seen_before = None, self.val_seen
-        if self.started is not None:
-            self.stopped = time.monotonic()
-
-    def seconds(self):
-        """Seconds of training so far; 0.0 before the first batch."""
-        if self.started is None:
-            return 0.0
-        return (self.stopped or time.monotonic()) - self.started
-
-    def progress(self):
-        """The used share of the budget, 0 to 1."""
-        return min(self.seconds() / constants()["TIME_BUDGET"], 1.0)
-
-    def limit(self):
-        """Seconds after which a run is void: the last step may end a little after the budget."""
-        return 1.02 * constants()["TIME_BUDGET"] + 1
-
-    def time_is_up(self):
-        """Asked before each step: is the budget used, or would another step end beyond the limit?
-
-        The next step is expected to take as long as the quicker one of the last two: one that compiles says nothing."""
-        if self.batch_since:
-            self.step_ends, self.batch_since = [*self.step_ends[-2:], self.seconds()], False
-        steps = [after - before for before, after in pairwise(self.step_ends)]
-        step = 1.1 * min(steps) if len(steps) == 2 else 0.0  # no two take the same time
-        return self.progress() >= 1.0 or self.seconds() + step > self.limit()
-
-    def violation(self):
-        """Why the training breaks the rules, or None."""
-        if self.started is None:
-            return "no batch of make_dataloader was asked for, so the clock never ran"
-        if self.val_seen_before:
-            return 'make_dataloader(…, "val") handed out validation text before the evaluation'
-        if self.seconds() > self.limit():
-            budget = f"a budget of {constants()['TIME_BUDGET']} s"
-            return f"training took {self.seconds():.1f} s of {budget} (all up to the last evaluation counts)"
-        return None
-
-
-clock = Clock()
+# Run: seed, report
 
 
 def get_seed():
@@ -878,7 +875,7 @@ def evaluate_bpb(model, tokenizer, batch_size, device=None):
             model.train()
 
 
-CAUSALITY_ROWS, CAUSALITY_ROWS_PER_BATCH = 64, 16  # rows on which causality is checked; of a batch, as logits are kept
+CAUSALITY_ROWS, CAUSALITY_ROWS_PER_BATCH = 64, 16  # rows checked in all, and at most of one batch
 CAUSALITY_TOLERANCE = 1e-3  # logits; a smaller leak is worth less than the noise of a seed
 ROWS_PER_LOSS = 8  # rows of logits that are scored in one call: fewer take more calls, more take more memory
 
@@ -945,7 +942,7 @@ def check_causality(model, x, row_ids, ref_logits, V, rng):
     future = torch.arange(T, device=x.device) >= t[:, None]  # (B, T)
 
     def difference(changed):
-        """The largest change of a logit where `changed` (B, T) is false, if the tokens where it is true are others."""
+        """Where `changed` (B, T) is true, noise takes the place of a token. The largest change of a logit elsewhere."""
         logits = checked_logits(model, torch.where(changed, noise, x), V)
         pairs = ((logits[i][~changed[i]], ref[~changed[i]]) for i, ref in zip(row_ids, ref_logits))
         return max((a - b).abs().max().item() if len(a) else 0.0 for a, b in pairs)
@@ -1023,7 +1020,7 @@ def check_validation(paths, args, note):
     """The number of rows that an evaluation scores. Raises PrepareError if it would say nothing about a model."""
     train, val = map_tokens(paths["train"]), map_tokens(paths["val"])
     hashes = list(map(hash, document_bytes(val)))
-    known = {*hashes}.intersection(map(hash, document_bytes(train)))  # of training nothing is held
+    known = {*hashes}.intersection(map(hash, document_bytes(train)))  # its own hashes are not held
     repeated = np.mean([number in known for number in hashes])
     text = f"{repeated:.1%} of the validation documents are also in training"
     show("", text)
@@ -1112,45 +1109,43 @@ def main(argv=None):
 
 
 # -----------------------------------------------------------------------------
-# Night: the loop. The table first; git follows from the table, the plan from both, and the same loop after every
-# interruption. Ideas are made in trees: the clone, or with several GPUs the worktrees .waves/1, .waves/2, …
+# Night: the loop. The table first; git follows from it, the plan from both, and the same loop after any interruption.
+# An idea is a commit of train.py, made in a tree: the clone, or with several GPUs a worktree .waves/1, .waves/2, …
+# A run is planned (a Row without a number), then begun (run.json has this Row), ended (run.….end has its number or its
+# problem) and judged (the table has its Row). The same table and commits give the same plan. So after an interruption
+# a run that was begun is found by its Row. It is started again if it has not ended and nothing supervises it.
 #
-#   results.tsv        a Row for each run that was judged; branch, tags and worktrees follow from it
-#   TREE/run.json      by start(): the Row that was planned, when it was started, how often, and its job of Slurm
+#   results.tsv        the Rows of what was judged; branch, tags and worktrees follow from it
+#   TREE/run.json      by start(): the planned Row, when it was started, how often, and its job of Slurm
 #   TREE/run.py, .log  the train.py of its commit, and what it prints; a local supervisor locks the log while it lives
 #   TREE/run.….end     null by start(), at the end {problems, and with a number val_bpb, memory_gb, harness, …}
-#   TREE/edit-….patch  by lay_aside(): an edit of train.py that had no commit when the tree had to move
-#
-# A plan gives each tree the Row that its run will have. The same table and commits give the same plan, so a run that
-# was begun is known by its Row. If run.json has another Row, the run is started. If it has this one: the run has ended
-# where run.….end says how; it goes on while it is supervised; else it was cut off, and is started again.
 
 TABLE = Path("results.tsv")
 EDIT = "status --porcelain -uno -- train.py".split()  # git says whether train.py has an edit without a commit
-BASELINES = 3  # runs of the baseline, at least; with several GPUs one more
-CHECK_RUNS, CHECK_SEED = 3, 100  # seeds of a check; the lowest one. An idea has seed 0, the baseline 0, 1, 2, …
+BASELINES = 3  # runs of the baseline, at least; with several GPUs one more. Seeds 0, 1, 2, … An idea has seed 0
+CHECK_RUNS, CHECK_SEED = 3, 100  # a check has the seeds 100, 101, 102, the next one 103, …
 GRACE = 540  # seconds that a run has besides its budget, for compilation and evaluation, before it is ended
-STARTS = 3  # of a run whose supervisor was ended each time, before it counts as a crash
+STARTS = 3  # of a run. If each time something ends its supervisor, it is a crash
 WAIT = 45  # seconds that `run` waits: many agents' shells end a command after a minute
 PAUSE, BEAT = 10, 3  # seconds between two passes of the loop; between two looks of a supervisor
 
 
 def run_night(check, wait, sbatch):
-    """All of a night but thinking, for about `wait` seconds; sbatch: options for Slurm, or None. Returns what to print:
+    """Start, watch and judge runs for about `wait` seconds; sbatch: options for Slurm, or None. Returns what to print:
     its first word is `wait` (the same command again) or `idea` (commit the next one)."""
     load_manifest(cache_dir())  # if nothing is prepared, this says so
     deadline = time.monotonic() + wait
     while True:
         with open_night() as night:
             alive = going(night.trees)
-            runs = {tree: read_run(tree) for tree in night.trees}  # only now: what ended in between has its end
+            runs = {tree: read_run(tree) for tree in night.trees}  # after `alive`: what ends in between has its end
             plan = plan_runs(night, runs, check)
             if not plan:
                 return check_text(night) if check else idea_text(night)
             begun = [tree for tree, row in plan.items() if runs[tree]["row"] == row]
             ended = [tree for tree in begun if runs[tree]["end"]]
             for tree, row in plan.items():
-                if not (tree in begun and (tree in ended or tree in alive)):
+                if tree not in ended and not (tree in begun and tree in alive):
                     start(tree, row, night.trees, runs[tree], sbatch)
             if len(ended) == len(plan):
                 record(night, {tree: runs[tree] for tree in plan})
@@ -1201,7 +1196,9 @@ def read_table():
     try:
         return [Row(*(kind(cell) for kind, cell in zip(kinds, line.split("\t"), strict=True))) for line in lines[1:]]
     except ValueError as error:
-        raise PrepareError(f"{TABLE} has a damaged line ({error}): mend it, only there the night is written") from error
+        raise PrepareError(
+            f"{TABLE} has a damaged line ({error}): mend it, as nothing else has these numbers"
+        ) from error
 
 
 def write_table(rows):
@@ -1219,7 +1216,7 @@ class Night(NamedTuple):
     wave: int  # of what runs next
 
     def planned_row(self, commit, seed, description, status="keep"):
-        """The Row of a run that has not ended. Baseline and check are kept, of ideas only what record() chooses."""
+        """A Row before its run. Until record() decides, the status of an idea is "discard", of other runs "keep"."""
         return Row(commit, 0.0, 0.0, status, description, seed, self.wave, "", self.branch, "")
 
 
@@ -1255,31 +1252,34 @@ def commit_of(tree, name="HEAD"):
 
 
 def idea_commits(tree, night):
-    """The commits above the head, the last one first: in the clone, where a human may commit, those of train.py."""
-    only = ["--", "train.py"] if Path(tree) == Path() else ["--not", commit_of(".")]  # this file; not the clone's
+    """The commits above the head, the last one first: of train.py in the clone, all new ones in a worktree."""
+    only = ["--", "train.py"] if Path(tree) == Path() else ["--not", commit_of(".")]  # a human commits other files
     found = git("log", "--format=%H", f"{night.head}..HEAD", *only, tree=tree)
     return [commit[:7] for commit in found.split()]
 
 
 def align_git(night):
-    """Make git say what the table says: what is rejected has a tag and leaves the branch, what was kept in a worktree
-    comes into it, the worktrees follow it. An idea that has no row stays where it is."""
+    """Make git say what the table says. An idea that has no row yet stays where it is."""
+    # 1. What is rejected has a tag
     tags = git("tag", "--list", "tried/*").split()
     for commit in night.rejected - {tag.removeprefix("tried/") for tag in tags}:
         git("tag", "--no-sign", f"tried/{commit}", commit)
     if not night.head:
         return
+    # 2. It leaves the clone's branch: that ends with it, or with later commits of the human
     if commit_of(".") in night.rejected:
         move(".", "HEAD~1")
     ideas = idea_commits(".", night)
     if not night.rejected.issuperset(ideas):
-        return  # one has no row yet
-    if ideas:  # rejected, below commits of the human, which go on without it
+        return  # the newest has no row: it runs first (or, in waves, plan_ideas refuses it)
+    if ideas:
         lay_aside(".")
         git("rebase", "-q", "--autostash", "--onto", f"{ideas[0]}~1", ideas[0])
+    # 3. What was kept in a worktree comes into the branch
     if git("merge-base", "HEAD", night.head)[:7] != night.head:
         lay_aside(".")
         git("merge", "-q", "--no-edit", "--ff", night.head)
+    # 4. The trees follow the branch
     for tree in night.trees:
         if night.rejected.issuperset(idea_commits(tree, night)):
             move(tree, commit_of("."))
@@ -1304,23 +1304,22 @@ def lay_aside(tree):
 
 
 # -----------------------------------------------------------------------------
-# Night: what runs next. A run is planned as a Row. What was begun is found again as its run.json has an equal one
+# Night: what runs next
 
 
 def plan_runs(night, runs, check):
-    """{tree: Row} of the runs that the night needs now, {} if it needs an idea. runs: {tree: what read_run() says}."""
-    begun = {tree: run["row"] for tree, run in runs.items() if run["row"]}
-    begun = {tree: row for tree, row in begun.items() if (row.branch, row.wave) == (night.branch, night.wave)}
-    numbers = [row for row in night.rows if row.status == "keep"]
-    if night.head == night.base and len(numbers) < BASELINES + (len(night.trees) > 1):
-        # It stays where it was begun: an idea may have been committed since
-        base = night.base or next((row.commit for row in begun.values()), None) or commit_of(".")
-        seeds = count(len(night.rows))
-        return {tree: night.planned_row(base, i, f"baseline, seed {i}") for tree, i in zip(night.trees, seeds)}
+    """{tree: Row} of what the night needs now: runs of the baseline, else a check that was begun, else ideas, else a
+    new check; {} if it needs an idea. runs: {tree: what read_run() says}. Raises PrepareError."""
+    now = night.branch, night.wave
+    begun = {tree: row for tree, run in runs.items() if (row := run["row"]) and (row.branch, row.wave) == now}
+    n = sum(row.commit == night.base and row.status == "keep" for row in night.rows)
+    if night.head == night.base and n < BASELINES + (len(night.trees) > 1):
+        was_begun = next((row.commit for row in begun.values()), None)  # an idea may have been committed since
+        base = night.base or was_begun or commit_of(".")
+        return {tree: night.planned_row(base, i, f"baseline, seed {i}") for tree, i in zip(night.trees, count(n))}
     checks = dict(zip(night.trees, plan_check(night)))
-    if ending := {tree: row for tree, row in checks.items() if begun.get(tree) == row}:
-        return ending
-    return plan_ideas(night, begun) or (checks if check else {})
+    begun_checks = {tree: row for tree, row in checks.items() if begun.get(tree) == row}
+    return begun_checks or plan_ideas(night, begun) or (checks if check else {})
 
 
 def plan_check(night):
@@ -1334,27 +1333,27 @@ def plan_check(night):
 
 
 def plan_ideas(night, begun):
-    """{tree: Row} of the ideas that have no row; one commit in two trees runs once. What was begun ends, whatever is
-    on top of it. In the clone, commits that leave train.py alone may be anywhere. Raises PrepareError."""
+    """{tree: Row} of the ideas that have no row in the table; one commit in two trees runs once. A run that was begun
+    goes on, even if there are newer commits. Raises PrepareError for an idea of the wrong shape, with what mends it."""
     plan = {}
     for tree in sorted({Path(), *night.trees}):
         found, typed = idea_commits(tree, night), f"git -C {tree}"
         if tree in begun and begun[tree].commit in found:
             plan[tree] = begun[tree]
         elif found and found[0] not in [row.commit for row in plan.values()]:
-            newest, oldest, mend = found[0], found[-1], ""
+            new, old = found[0], found[-1]
             if tree not in night.trees:  # in the clone, but ideas belong into worktrees
-                mend = f"`git -C .waves/1 cherry-pick {oldest}`, then `{typed} rebase --onto {oldest}~1 {oldest}`"
-            elif oldest in night.rejected:  # on top of what was not kept
-                mend = f"`{typed} rebase --onto {oldest}~1 {oldest}`"
+                fix = f"`git -C .waves/1 cherry-pick {old}`, then `{typed} rebase --onto {old}~1 {old}`"
+            elif old in night.rejected:  # on top of what was not kept
+                fix = f"`{typed} rebase --onto {old}~1 {old}`"
             elif git("merge-base", "HEAD", night.head, tree=tree)[:7] != night.head:  # on another base
-                mend = f"`{typed} rebase --onto {night.head} {oldest}~1`"
-            elif len(found) > 1 or git("diff", "--name-only", f"{newest}~1", newest, ".", ":!train.py", tree=tree):
-                mend = f"`{typed} reset --soft {oldest}~1`, then `{typed} commit -m WHAT train.py`"
-            if mend:
-                shape = f"one commit on top of {night.head} that changes train.py alone"
-                raise PrepareError(f"{newest}: an idea is {shape}: {mend}")
-            plan[tree] = night.planned_row(newest, 0, one_line(git("log", "-1", "--format=%s", newest)), "discard")
+                fix = f"`{typed} rebase --onto {night.head} {old}~1`"
+            elif len(found) > 1 or git("diff", "--name-only", f"{new}~1", new, ".", ":!train.py", tree=tree):
+                fix = f"`{typed} reset --soft {old}~1`, then `{typed} commit -m WHAT train.py`"
+            else:
+                plan[tree] = night.planned_row(new, 0, one_line(git("log", "-1", "--format=%s", new)), "discard")
+                continue
+            raise PrepareError(f"{new}: an idea is one commit on top of {night.head} that changes only train.py: {fix}")
     return plan
 
 
@@ -1375,8 +1374,8 @@ def read_run(tree):
 
 
 def going(trees):
-    """The trees whose run has a supervisor: a local one locks run.log, Slurm knows the job of another. If Slurm does
-    not answer, it may have the job; its no counts if it comes twice in a row."""
+    """The trees whose run has a supervisor: a local one locks run.log, Slurm knows the job of another. Slurm is asked
+    twice for a job that it does not know. While it does not answer, its jobs count as going."""
     runs = {tree: read_run(tree) for tree in trees}
     runs = {tree: run for tree, run in runs.items() if run["started"] and not run["end"]}
     jobs, known = {run["slurm"] for run in runs.values() if "slurm" in run}, set()
@@ -1390,29 +1389,26 @@ def going(trees):
 
 def start(tree, row, trees, before, sbatch):
     """Start a run in the background, as a process or as a job of Slurm. before: what read_run() says of the tree."""
-    log, env = tree / "run.log", os.environ | (own_gpu(tree, trees) if sbatch is None else {})
     starts = before["starts"] + 1 if before["row"] == row else 1
     if starts > STARTS:
         text = f"its supervisor was ended {STARTS} times (by your shell? Then `--wait 900`): {last_words(tree)}"
         return write_json(tree / f"run.{before['started']}.end", {"problems": [text]})
-    for file in (log, *tree.glob("run.[0-9]*.[er]*")):  # processes of an earlier run may still write into them
+    for file in (tree / "run.log", *tree.glob("run.[0-9]*.[er]*")):  # an earlier run's processes may still write there
         file.unlink(missing_ok=True)
     with open(tree / "run.py", "wb") as f:
         git("show", f"{row.commit}:./train.py", tree=tree, stdout=f)
-    run = {"row": row, "started": time.time(), "starts": starts}
-    write_json(tree / f"run.{run['started']}.end", None)  # later it is only replaced: NFS may hide a new name a while
-    write_json(tree / "run.json", {**run, "starts": starts - (sbatch is not None)})  # a refused job is no start
+    limit = load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
+    run = {"row": row, "started": time.time(), "starts": starts, "limit": limit}
+    write_json(tree / f"run.{run['started']}.end", None)  # made now, as NFS may hide a new name for a while
     command = [sys.executable, __file__, "supervise", str(tree), str(run["started"])]
-    if sbatch is None:
-        with open(log, "wb") as f, open(log, "rb+") as lock:  # the supervisor inherits both, and with it the lock
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            streams = dict(stdin=subprocess.DEVNULL, stdout=f, stderr=f, pass_fds=[lock.fileno()])
-            subprocess.Popen(command, env=env, start_new_session=True, **streams)
-    else:
-        options = ["--gres=gpu:1", f"--time={time_limit() // 60 + 5}", "--no-requeue", f"--output={log}", *sbatch]
-        command = ["sbatch", "--parsable", *options, f"--wrap={shlex.join(command)}"]
-        job = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        write_json(tree / "run.json", {**run, "slurm": job.strip().split(";")[0]})
+    if sbatch is not None:
+        return start_job(tree, run, command, sbatch)
+    env = os.environ | own_gpu(tree, trees)
+    write_json(tree / "run.json", run)
+    with open(tree / "run.log", "wb") as f, open(tree / "run.log", "rb+") as lock:  # the supervisor inherits both
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        streams = dict(stdin=subprocess.DEVNULL, stdout=f, stderr=f, pass_fds=[lock.fileno()])
+        subprocess.Popen(command, env=env, start_new_session=True, **streams)
 
 
 def own_gpu(tree, trees):
@@ -1425,20 +1421,24 @@ def own_gpu(tree, trees):
     return {"CUDA_VISIBLE_DEVICES": gpus[trees.index(tree)]}
 
 
-def time_limit():
-    return load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
+def start_job(tree, run, command, sbatch):
+    write_json(tree / "run.json", {**run, "starts": run["starts"] - 1})  # if Slurm refuses the job, it was no start
+    options = ["--gres=gpu:1", f"--time={run['limit'] // 60 + 5}", "--no-requeue", f"--output={tree / 'run.log'}"]
+    command = ["sbatch", "--parsable", *options, *sbatch, f"--wrap={shlex.join(command)}"]
+    job = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    write_json(tree / "run.json", {**run, "slurm": job.strip().split(";")[0]})
 
 
 def supervise(tree, started):
-    """Run run.py to its end or its limit. Then say in the end file what came of it: its number, or the problem."""
-    report_file, seed, limit = (tree / f"run.{started}.report").resolve(), read_run(tree)["row"].seed, time_limit()
-    env = dict(SEED=str(seed), AUTORESEARCH_REPORT=str(report_file), PYTHONFAULTHANDLER="1", PYTHONUNBUFFERED="1")
+    """Run run.py to its end or its limit. Then write its number, whatever came after that, or else the problem."""
+    planned, report_file = read_run(tree), (tree / f"run.{started}.report").resolve()
+    env = os.environ | dict(SEED=str(planned["row"].seed), AUTORESEARCH_REPORT=str(report_file))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     popen = partial(subprocess.Popen, start_new_session=True)  # a process group of its own
-    run = popen([sys.executable, "run.py"], cwd=tree, env=os.environ | env, stdin=subprocess.DEVNULL)
+    run = popen([sys.executable, "-u", "-Xfaulthandler", "run.py"], cwd=tree, env=env, stdin=subprocess.DEVNULL)
     # If this process dies, however it does, the pipe closes. Then the shell kills the run and its children
     killer = popen(["sh", "-c", f"read line; kill -9 -{run.pid}"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + planned["limit"]
     while run.poll() is None and time.monotonic() < deadline:
         if str(read_run(tree)["started"]) != started:
             sys.exit("this run ends, as another one was started here")
@@ -1451,10 +1451,9 @@ def supervise(tree, started):
     elif run.returncode == -signal.SIGTERM:
         time.sleep(2)  # if a cluster ends the job, it now ends this process too, and the run is no crash
     killer.communicate()
-    problem = f"hang: no end after {limit} s" if hangs else last_words(tree, run.wait())
-    if not report_file.exists():
-        write_json(report_file, {"problems": [problem]})
-    os.replace(report_file, report_file.with_suffix(".end"))
+    problem = f"hang: no end after {planned['limit']} s" if hangs else last_words(tree, run.wait())
+    facts = json.loads(report_file.read_bytes()) if report_file.exists() else {"problems": [problem]}
+    write_json(report_file.with_suffix(".end"), {**facts, "hangs": hangs})
 
 
 def last_words(tree, status=0):
@@ -1478,7 +1477,7 @@ KEEP_WAVES = 50  # waves without a keep after which the margin is 0: half a nigh
 class Bar(NamedTuple):
     """What the next idea has to beat. Of each wave (on one GPU a wave is one run) the best below its bar is kept."""
 
-    head: float = math.nan  # the mean of the baseline, later of the last kept run, which `simpler` code never raises
+    head: float = math.nan  # val_bpb of the last kept run, at first the baseline's mean; `simpler` code never raises it
     margin: float = math.nan  # KEEP_MARGIN standard deviations of the baseline
     n: int = 0  # waves since the last keep, without those that only crashed, at most KEEP_WAVES
     known: frozenset = frozenset()  # the commits of the baseline and of what was kept
@@ -1520,13 +1519,12 @@ def record(night, runs):
     """Write the rows of a wave that has ended: of the ideas below their bar the best is kept. Raises PrepareError, and
     writes no row, for another harness and a baseline without a number."""
     ended = [(run["row"], run["end"]) for run in runs.values()]
-    names = dict.fromkeys([row.harness for row in night.rows] + [end.get("harness", "") for _, end in ended])
-    names = [name for name in names if name]  # the baseline's is the first, a crash has none
-    why = "undo what has changed in prepare.py, PyTorch or the prepared text"
-    void = [f"the harness is {name}, that of the baseline {names[0]}: {why}" for name in names[1:]]
-    baseline_failed = all(row.status == "keep" and not is_check(row) and end["problems"] for row, end in ended)
-    if baseline_failed and (not night.base or night.rows[-1].status == "crash"):  # else that seed has a row
-        void.append(f"the baseline has no number ({ended[0][1]['problems'][0]})")
+    names = [row.harness for row in night.rows] + [end.get("harness") for _, end in ended]
+    names = [name for name in names if name]  # a crash has none
+    why = "undo what has changed in prepare.py, PyTorch, the device or the prepared text"
+    void = [f"the harness is {name}, that of the baseline {names[0]}: {why}" for name in names if name != names[0]]
+    baselines = [end["problems"] for row, end in ended if row.status == "keep" and not is_check(row)]
+    void += [f"the baseline has no number ({problems[0]})" for problems in baselines if problems]
     if void:
         for tree in runs:
             (tree / "run.json").unlink()
@@ -1536,9 +1534,11 @@ def record(night, runs):
         if end["problems"]:
             row = row._replace(status="crash", description=f"{row.description}: {one_line(end['problems'][0])}")
         else:
-            steps = f", {end['num_steps']} steps" if "num_steps" in end else ""
+            text = (f", {end['num_steps']} steps" if "num_steps" in end else "") + ", did not end by itself" * end[
+                "hangs"
+            ]
             numbers = dict(val_bpb=float(end["val_bpb"]), memory_gb=float(end["memory_gb"]), harness=end["harness"])
-            row = row._replace(description=row.description + steps, **numbers)
+            row = row._replace(description=row.description + text, **numbers)
         new.append(row._replace(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())))
     below = [row for row in new if row.status == "discard" and row.val_bpb < next_bar(night.rows).of(row)]
     best = min(below, key=lambda row: row.val_bpb, default=None)
@@ -1552,14 +1552,14 @@ def record(night, runs):
 def idea_text(night):
     """What an agent must know before its next idea: the bar, the rows of the last wave, and what follows from them."""
     last = [row for row in night.rows if row.wave == night.rows[-1].wave]
-    then, now = next_bar(night.rows[: -len(last)]), next_bar(night.rows)  # the bar of the last wave, and the next one
-    bars = f"keep below {now.limit(simpler=False):.6f}, simpler code below {now.limit(simpler=True):.6f}"
-    lines = [f"idea: head {now.head:.6f}, margin {now.margin:.6f}, n {now.n}: {bars}"]
+    last_bar, bar = next_bar(night.rows[: -len(last)]), next_bar(night.rows)
+    bars = f"keep below {bar.limit(simpler=False):.6f}, simpler code below {bar.limit(simpler=True):.6f}"
+    lines = [f"idea: head {bar.head:.6f}, margin {bar.margin:.6f}, n {bar.n}: {bars}"]
     lines += [row.line(5) for row in last]
     missed = sorted((row for row in last if row.status == "discard"), key=lambda row: row.val_bpb)
-    below = [f"tried/{row.commit}" for row in missed if row.val_bpb < then.of(row)]
-    below = below if "keep" in [row.status for row in last] else below[1:]  # the first was taken back
-    near = [f"tried/{row.commit}" for row in missed if then.of(row) <= row.val_bpb < then.head]
+    below = [f"tried/{row.commit}" for row in missed if row.val_bpb < last_bar.of(row)]
+    below = below if "keep" in [row.status for row in last] else below[1:]  # discard() took the best one back
+    near = [f"tried/{row.commit}" for row in missed if last_bar.of(row) <= row.val_bpb < last_bar.head]
     lines += [f"also below the bar: {' '.join(below)}: on the new head one of the next ideas"] if below else []
     lines += [f"near miss, better than head was: {' '.join(near)}"] if near else []
     for tree in sorted({Path(), *night.trees}):
