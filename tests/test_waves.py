@@ -256,5 +256,5 @@ def test_slips_of_the_agent(tmp_path, session_cache):
     night.sh("git -C .waves/2 switch -q --detach $(git -C .waves/1 rev-parse HEAD)")
     night.wave()
     # A commit of another file
-    night.sh("cd .waves/1 && echo >> notes.md && git add notes.md && git commit -qm notes")
-    assert SHAPE in night.run() and (night.folder / ".waves/1/notes.md").exists()
+    night.sh("cd .waves/1 && echo >> plans.md && git add plans.md && git commit -qm plans")
+    assert SHAPE in night.run() and (night.folder / ".waves/1/plans.md").exists()
