@@ -1534,9 +1534,8 @@ def record(night, runs):
         if end["problems"]:
             row = row._replace(status="crash", description=f"{row.description}: {one_line(end['problems'][0])}")
         else:
-            text = (f", {end['num_steps']} steps" if "num_steps" in end else "") + ", did not end by itself" * end[
-                "hangs"
-            ]
+            text = f", {end['num_steps']} steps" if "num_steps" in end else ""
+            text += ", did not end by itself" if end["hangs"] else ""
             numbers = dict(val_bpb=float(end["val_bpb"]), memory_gb=float(end["memory_gb"]), harness=end["harness"])
             row = row._replace(description=row.description + text, **numbers)
         new.append(row._replace(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())))

@@ -68,4 +68,4 @@ def main(folder, found):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        main(Path(temporary), sorted(Path(sys.argv[1]).glob("*.parquet")))
+        main(Path(temporary), sorted(Path(sys.argv[1] if sys.argv[1:] else sys.exit(__doc__)).glob("*.parquet")))

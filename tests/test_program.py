@@ -236,6 +236,8 @@ def test_a_night_in_small(clone):
     clone.sh(f"git cherry-pick -n tried/{row[0]}")
     clone.commit(0.95, "mended")
     clone.run()
+    row = clone.idea(0.95, "late end", "import atexit; atexit.register(time.sleep, 500)")
+    assert row[3:5] == ["discard", "late end, 9 steps, did not end by itself"]
     # One that would be kept, but for the human's limits
     row = clone.idea(0.6, "simpler: batch 2^8")
     assert row[3] == "keep" and f"\n{row[0]}\t0.603000\t0.5\tdiscard\tsimpler" in clone.sh(DISCARD)
@@ -255,7 +257,7 @@ def test_a_night_in_small(clone):
     # After the night
     rows, titles = clone.rows(), clone.sh("head -n 1 results.tsv").split()
     assert titles == list(prepare.Row._fields) and {(len(row), row[8]) for row in rows} == {(10, branch)}
-    assert "".join(row[3][0] for row in rows) == "kkkkdcccccddkkkkkk"
+    assert "".join(row[3][0] for row in rows) == "kkkkdcccccdddkkkkkk"
     assert clone.sh("git status --porcelain -uno") == "" and clone.sh("git ls-files results.tsv run.*") == ""
     assert clone.sh("git log --format=%h -n 2").split() == [kept, base]
     assert {*clone.sh("git tag").split()} == {f"tried/{row[0]}" for row in rows if row[3] != "keep"}
