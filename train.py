@@ -515,7 +515,8 @@ def make_optimizer(model, config, compiled=lambda function: function):
 
 
 def set_schedules(optimizer, config, progress, step):
-    """Learning rates and weight decay follow the time, progress 0 to 1; Muon's momentum follows the steps."""
+    """Learning rates and weight decay follow the time, progress 0 to 1; Muon's momentum follows the steps. Returns what
+    the learning rates are multiplied by."""
     rise = progress / config.WARMUP_RATIO if config.WARMUP_RATIO > 0 else 1.0
     fall = (1 - progress) / config.WARMDOWN_RATIO if config.WARMDOWN_RATIO > 0 else 1.0
     lr_multiplier = min(1.0, rise, config.FINAL_LR_FRAC + (1 - config.FINAL_LR_FRAC) * fall)
@@ -525,6 +526,7 @@ def set_schedules(optimizer, config, progress, step):
         if group.get("kind") == "muon":  # an optimizer of PyTorch's own has no kinds
             group["momentum"] = low + (high - low) * min(step / config.MUON_MOMENTUM_STEPS, 1)
             group["weight_decay"] = config.MATRIX_WEIGHT_DECAY * (1 - progress)
+    return lr_multiplier
 
 
 # -----------------------------------------------------------------------------
@@ -588,17 +590,31 @@ class Run:
         self.compiled_model = compiled(self.model)
         self.optimizer = make_optimizer(self.model, config, compiled)
 
-    def step(self, loader, grad_accum_steps):
-        """One optimizer step on the gradients of `grad_accum_steps` batches. Returns their mean loss, a tensor."""
+    def step(self, loader, grad_accum_steps, look=False):
+        """One optimizer step on the gradients of `grad_accum_steps` batches. Returns their mean loss, a tensor.
+
+        A `look` at it leaves what_moved() in `moved`."""
         total_loss = 0.0
         for _ in range(grad_accum_steps):
             x, y, _epoch = next(loader)
             loss = self.compiled_model(x, y) / grad_accum_steps
             loss.backward()
             total_loss = total_loss + loss.detach()
+        before = [p.detach().clone() for p in self.model.parameters()] if look else None
         self.optimizer.step()
+        self.moved = what_moved(self.model, self.config, before) if look else None
         self.optimizer.zero_grad()
         return total_loss
+
+
+def what_moved(model, config, before):
+    """{line of parameter_table: [‖gradient‖², ‖update‖², ‖weight before‖²]} of a step."""
+    patterns, moved = [line[0] for line in parameter_table(config)], defaultdict(lambda: [0.0, 0.0, 1e-20])
+    for (name, p), old in zip(model.named_parameters(), before):
+        pattern = next(pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern))
+        for i, x in enumerate((p.grad, p.detach() - old, old)):
+            moved[pattern][i] += 0.0 if x is None else x.float().square().sum().item()
+    return moved
 
 
 THREADS_SECONDS = 6  # between two trials of another number of threads; the first ones come sooner
@@ -629,7 +645,7 @@ def quickest_threads(most):
 
 def train(run, loader, grad_accum_steps, peak_rate):
     """Train until the time is up. Returns (steps, tokens). Raises TrainingError if the loss explodes."""
-    step, tokens, smooth_loss, max_loss, lines = 0, 0, 0.0, math.inf, 0
+    step, tokens, smooth_loss, max_loss, lines, looks = 0, 0, 0.0, math.inf, 0, []
     gc.collect()
     gc.freeze()  # Python's garbage collector would stop the loop for half a second now and then
     gc.disable()
@@ -637,8 +653,10 @@ def train(run, loader, grad_accum_steps, peak_rate):
     next(threads)
     while not clock.time_is_up():
         began, tokens_per_step = time.monotonic(), run.config.TOTAL_BATCH_SIZE
-        set_schedules(run.optimizer, run.config, clock.progress(), step)
-        total_loss = run.step(loader, grad_accum_steps)
+        lr_multiplier = set_schedules(run.optimizer, run.config, clock.progress(), step)
+        look = clock.progress() * LOG_LINES >= len(looks)
+        total_loss = run.step(loader, grad_accum_steps, look)
+        looks += [run.moved] * look
         loss = total_loss.item()  # waits for the GPU
         if total_loss.device.type == "cpu":
             threads.send(time.monotonic() - began)
@@ -652,10 +670,21 @@ def train(run, loader, grad_accum_steps, peak_rate):
             lines, rate = int(progress * LOG_LINES) + 1, tokens_per_step / (time.monotonic() - began)
             line = f"step {step:5d} | {100 * progress:5.1f} % | loss {smooth_loss / (1 - 0.9**step):.4f}"
             line += f" | {rate:,.0f} tokens/s" + f" | MFU {100 * rate / peak_rate:.1f} %" * math.isfinite(peak_rate)
-            line += f" | {clock.seconds():.0f} s"
+            line += f" | lr x {lr_multiplier:.2f} | {clock.seconds():.0f} s"
             print("\033[F\033[K" + line if terminal and step > 1 else line, flush=True)  # replaces the line
     gc.enable()
+    show_what_moved(run.model, [looks[min(1, len(looks) - 1)], looks[len(looks) // 2], looks[-1]])
     return step, tokens
+
+
+def show_what_moved(model, looks):
+    """Print what teaches more than the loss: of three steps, for each line of parameter_table; and learned scalars."""
+    print("norm of the gradient, update / weight: early, in the middle, late")
+    learned = {name: p.tolist() for name, p in model.named_parameters() if p.ndim == 1 and len(p) <= 16}
+    for pattern in looks[-1]:
+        numbers = ((math.sqrt(grad), math.sqrt(new / old)) for grad, new, old in (look[pattern] for look in looks))
+        line = f"  {pattern:24}" + " |".join(f"{grad:8.2g} {ratio:8.2g}" for grad, ratio in numbers)
+        print(line + " |" + "".join(f" {x:.2f}" for x in learned.get(pattern, ())), flush=True)
 
 
 def is_out_of_memory(error):
@@ -673,7 +702,7 @@ def step_seconds(build, vocab_size, rows, batch_size, T, device):
     # On CUDA two compile: from the second on, the optimizer has its state and the gradients their final layout
     for _ in range(3 if device.type == "cuda" else 2):
         began = time.monotonic()
-        run.step(itertools.repeat((x, y, 1)), micro_batches).item()  # waits for the GPU
+        run.step(itertools.repeat((x, y, 1)), micro_batches, look=True).item()  # waits for the GPU
     seconds = (time.monotonic() - began) * rows / (batch_size * micro_batches)
     run.model.eval()
     with torch.no_grad():

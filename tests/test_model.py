@@ -284,6 +284,9 @@ def test_model_overfits_one_batch():
         train.set_schedules(run.optimizer, TINY, step / 60, step)
         loss = run.step(itertools.repeat((x, x.roll(-1, 1), 1)), 1)
     assert loss.item() < 0.05  # nats, from ln 64 = 4.2; 48 targets in 44,000 parameters
+    head, before = run.model.lm_head.weight.detach(), run.model.lm_head.weight.detach().clone()
+    run.step(itertools.repeat((x, x.roll(-1, 1), 1)), 1, look=True)
+    assert run.moved["lm_head.weight"][1:] == pytest.approx([float(w.square().sum()) for w in (head - before, before)])
 
 
 @pytest.mark.parametrize(
