@@ -18,7 +18,7 @@ import train
 
 HAS_GPU = torch.cuda.is_available() and prepare.bfloat16_works(torch.device("cuda"))
 pytestmark = [
-    pytest.mark.gpu,
+    pytest.mark.xdist_group("gpu"),  # one at a time, also where tests run side by side
     pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU of compute capability 8 or more"),
     pytest.mark.timeout(900),  # a compiler is at work
 ]
