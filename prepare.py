@@ -1609,7 +1609,7 @@ def night_command(argv):
     parser.add_argument("check", nargs="?", choices=["check"], help="run head and baseline on fresh seeds")
     parser.add_argument("--wait", type=int, default=WAIT, metavar="SECONDS", help=f"return after these ({WAIT})")
     parser.add_argument("--sbatch", nargs=argparse.REMAINDER, metavar="…", help="use Slurm, with all that follows")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     sbatch = None if args.sbatch is None else shlex.split(" ".join(args.sbatch))
     print(discard() if args.command == "discard" else run_night(bool(args.check), args.wait, sbatch))
     return 0

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -83,6 +84,8 @@ def fresh_harness(monkeypatch):
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
     monkeypatch.delenv("SEED", raising=False)
     prepare.open_cache.cache_clear()
+    # A shell's background jobs start with it ignored, and so would what a test starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_until(condition, what="it", seconds=90):

@@ -24,12 +24,6 @@ import prepare
 
 A, B, C, VAL = NAMES = ["shard_00000.parquet", "shard_00001.parquet", "shard_00002.parquet", prepare.VAL_SHARD]
 
-CLIENT = """
-import signal, sys, prepare
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
-sys.exit(prepare.main(sys.argv[1:]))
-"""
-
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
@@ -80,7 +74,7 @@ def present(folder):
 
 
 def client(folder, shards):
-    command = [sys.executable, "-c", CLIENT, f"--num-shards={shards}", "--download-workers=2", *SMALL]
+    command = [sys.executable, "prepare.py", f"--num-shards={shards}", "--download-workers=2", *SMALL]
     env = {**os.environ, "AUTORESEARCH_CACHE": str(folder.parent)}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

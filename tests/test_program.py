@@ -465,7 +465,7 @@ def test_a_check_that_is_interrupted_and_a_second_one(night):
     assert f"baseline {base}, 2 of 3 fresh seeds: 1.001000 (0.999 to 1.003)\n" in night.run(CHECK)
     assert [row[5] for row in night.rows()[-5:]] == ["100", "101", "101", "102", "102"]
     night.idea(0.8, "better still")
-    assert f"branch {night.head()}, 3 of 3 fresh seeds" in night.run(CHECK)
+    assert f"branch {night.head()}, 3 of 3 fresh seeds" in night.run(f"{RUN} --wait 5 check")
     assert [row[5] for row in night.rows()[-6:]] == ["103", "103", "104", "104", "105", "105"]
     # A veto is possible after a check. What is then the head was checked before
     rows = len(night.rows())
