@@ -360,19 +360,19 @@ def parameter_table(config):
 
 
 def parameters_by_rule(model, config):
-    """Yields (name, parameter, init, settings) for every parameter. Raises ValueError for one that has no line."""
-    table = parameter_table(config)
+    """Yields (name, parameter, *its line of the table) for every one. Raises ValueError for one that has no line."""
+    table = (*parameter_table(config), ("*", None, None))
     for name, p in model.named_parameters():
-        init, settings = next((line[1:] for line in table if fnmatch.fnmatchcase(name, line[0])), (None, None))
+        pattern, init, settings = next(line for line in table if fnmatch.fnmatchcase(name, line[0]))
         if settings is None or (settings["kind"] == "muon" and p.ndim != 2):
             why = "a line" if settings is None else "a line of kind adamw, as Muon takes matrices only,"
             raise ValueError(f"parameter {name}, shape {tuple(p.shape)}, needs {why} in parameter_table")
-        yield name, p, init, settings
+        yield name, p, pattern, init, settings
 
 
 @torch.no_grad()
 def init_weights(model, config):
-    for name, p, init, _settings in parameters_by_rule(model, config):
+    for name, p, _pattern, init, _settings in parameters_by_rule(model, config):
         p.fill_(math.nan)
         init(p)
         if not p.isfinite().all():
@@ -393,9 +393,7 @@ POLAR_EXPRESS = (
 
 
 def polar_express(G):
-    """The orthogonal factor of G (..., m, n), approximately: every singular value becomes about 1.
-
-    In bfloat16 where that is fast, elsewhere in float32."""
+    """The orthogonal factor of G (..., m, n), approximately: every singular value becomes about 1."""
     X = G.bfloat16() if computes_in_bfloat16(G.device) else G.float()
     X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = G.size(-2) > G.size(-1)
@@ -504,7 +502,7 @@ def as_tensors(*numbers):
 def make_optimizer(model, config, compiled=lambda function: function):
     """MuonAdamW over every parameter, by parameter_table. A group of Muon's has matrices of one shape."""
     groups = {}
-    for _name, p, _init, settings in parameters_by_rule(model, config):
+    for _name, p, _pattern, _init, settings in parameters_by_rule(model, config):
         key = str(settings), p.shape if settings["kind"] == "muon" else None
         groups.setdefault(key, dict(settings, params=[]))["params"].append(p)
     return MuonAdamW(list(groups.values()), compiled)
@@ -515,8 +513,7 @@ def make_optimizer(model, config, compiled=lambda function: function):
 
 
 def set_schedules(optimizer, config, progress, step):
-    """Learning rates and weight decay follow the time, progress 0 to 1; Muon's momentum follows the steps. Returns what
-    the learning rates are multiplied by."""
+    """Learning rates (returns their multiplier) and weight decay follow the time, 0 to 1; Muon's momentum the steps."""
     rise = progress / config.WARMUP_RATIO if config.WARMUP_RATIO > 0 else 1.0
     fall = (1 - progress) / config.WARMDOWN_RATIO if config.WARMDOWN_RATIO > 0 else 1.0
     lr_multiplier = min(1.0, rise, config.FINAL_LR_FRAC + (1 - config.FINAL_LR_FRAC) * fall)
@@ -573,10 +570,8 @@ class TrainingError(Exception):
 
 
 class Run:
-    """Everything that learns in a run. Each one that is built has the same weights.
-
-    The warm-up builds one and throws it away. So what an experiment adds here (an average of the weights, a second
-    optimizer) is warmed up too, and starts anew."""
+    """Everything that learns in a run. Each one built has the same weights. The warm-up builds one and throws it
+    away: what an experiment adds here (an average of the weights, a second optimizer) is warmed up and starts anew."""
 
     def __init__(self, config, vocab_size, T, device, attention, compiled=None):
         torch.manual_seed(torch.initial_seed())  # the run's seed again, which start_run() has set
@@ -591,9 +586,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, config, compiled)
 
     def step(self, loader, grad_accum_steps, look=False):
-        """One optimizer step on the gradients of `grad_accum_steps` batches. Returns their mean loss, a tensor.
-
-        A `look` at it leaves what_moved() in `moved`."""
+        """One step. Returns the mean loss of `grad_accum_steps` batches; a `look` leaves what_moved() in `moved`."""
         total_loss = 0.0
         for _ in range(grad_accum_steps):
             x, y, _epoch = next(loader)
@@ -609,15 +602,11 @@ class Run:
 
 def what_moved(model, config, before):
     """{line of parameter_table: [‖gradient‖², ‖update‖², ‖weight before‖²]} of a step."""
-    patterns, moved = [line[0] for line in parameter_table(config)], defaultdict(lambda: [0.0, 0.0, 1e-20])
-    for (name, p), old in zip(model.named_parameters(), before):
-        pattern = next(pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern))
+    moved = defaultdict(lambda: [0.0, 0.0, 1e-20])
+    for (_name, p, pattern, *_), old in zip(parameters_by_rule(model, config), before):
         for i, x in enumerate((p.grad, p.detach() - old, old)):
             moved[pattern][i] += 0.0 if x is None else x.float().square().sum().item()
     return moved
-
-
-THREADS_SECONDS = 6  # between two trials of another number of threads; the first ones come sooner
 
 
 def quickest_threads(most):
@@ -631,15 +620,11 @@ def quickest_threads(most):
         times = []
         while len(times) < 2 or sum(times) < wait:
             times.append((yield))
-        usual, wait = sum(times) / len(times), min(2 * wait, THREADS_SECONDS)
+        usual, wait = sum(times) / len(times), min(2 * wait, 6)  # seconds to the next trial, sooner at the start
         other = min(max(1, int(number * factor)), most)
         torch.set_num_threads(other)
-        trial = 0.0
-        for _ in range(2):
-            trial += yield
-            if trial >= 2 * usual:
-                break
-        else:
+        trial = yield
+        if trial < 2 * usual and trial + (yield) < 2 * usual:
             number = other
 
 
@@ -777,15 +762,9 @@ def main():
     loader = make_dataloader(tokenizer, batch_size, T, "train")
     num_steps, total_tokens = train(run, loader, config.TOTAL_BATCH_SIZE // (batch_size * T), peak_rate)
     val_bpb = evaluate_bpb(run.compiled_model, tokenizer, batch_size)
-    prepare.report(
-        val_bpb,
-        mfu_percent=100 * total_tokens / clock.seconds() / peak_rate,
-        total_tokens=total_tokens,
-        num_steps=num_steps,
-        num_params=num_params,
-        depth=config.DEPTH,
-        attention=attention_name,
-    )
+    mfu_percent = 100 * total_tokens / clock.seconds() / peak_rate
+    facts = dict(num_steps=num_steps, num_params=num_params, depth=config.DEPTH, attention=attention_name)
+    prepare.report(val_bpb, mfu_percent=mfu_percent, total_tokens=total_tokens, **facts)
 
 
 if __name__ == "__main__":
