@@ -359,13 +359,14 @@ def own_corpus(path, column, length=DOCUMENT_CHARS):
     """The user's own file, or those of a folder and its sub-folders by name, each once; hidden ones are left out.
 
     A file that the user names is read as text if its ending is not known."""
-    files = [""] if path.is_file() else sorted(glob.glob("**", root_dir=path, recursive=True))
-    files = {name: (path / name).resolve() for name in files if (path / name).is_file()}
-    chosen = {real: name for name, real in files.items() if path.is_file() or endings(path / name)[0] in KINDS}
-    others = Counter("".join(endings(path / name)) or "no ending" for name, real in files.items() if real not in chosen)
-    others = [f"{number} {kind}" for kind, number in others.most_common(5)] + ["…"] * (len(others) > 5)
-    passed_over = f", passed over: {', '.join(others)}" if others else ""
-    names = list(chosen.values())  # each file once, whatever links there are
+    found = [""] if path.is_file() else sorted(glob.glob("**", root_dir=path, recursive=True))
+    found = [name for name in found if (path / name).is_file()]
+    known = [name for name in found if path.is_file() or endings(path / name)[0] in KINDS]
+    chosen = {(path / name).resolve(): name for name in known}  # each file once, whatever links there are
+    others = [path / name for name in found if (path / name).resolve() not in chosen]
+    others = Counter("".join(endings(other)) or "no ending" for other in others)
+    others = ", ".join(f"{number} {kind}" for kind, number in others.most_common(5))
+    names, passed_over = list(chosen.values()), f", passed over: {others}" if others else ""
     if not names:
         kinds = f"{', '.join(KINDS)} (all but .parquet also with {', '.join(COMPRESSIONS)})"
         raise PrepareError(f"--corpus {path} is no file of text, nor a folder with one: {kinds}{passed_over}")
@@ -678,7 +679,7 @@ def pack_rows(tokens, T, forever):
 
     A row is filled from a buffer of documents with the longest one that fits whole. Where none fits, it takes the
     beginning of the shortest one, whose rest is dropped. Among equals the one read first is taken. The buffer takes in
-    REFILL_DOCS documents whenever it has fewer than BUFFER_DOCS, as the original's does. A row that the end of the data
+    REFILL_DOCS documents whenever it has fewer than BUFFER_DOCS. A row that the end of the data
     leaves unfilled is dropped, so there is no padding. `epoch` counts passes over the data from 1."""
     stream, buffer, epoch = document_stream(tokens, forever), [], 1
     while True:
@@ -688,7 +689,7 @@ def pack_rows(tokens, T, forever):
                 buffer = sorted(buffer + more)  # by length, then by age
             if not buffer:
                 return
-            fitting = bisect_left(buffer, (room + 1,))  # the documents before this index fit whole
+            fitting = bisect_left(buffer, (room + 1,))  # the documents before it fit: (n,) sorts before (n, …)
             wanted = buffer[max(fitting - 1, 0)][0]  # the longest that fits, else the shortest, which is cropped
             length, its_epoch, start = buffer.pop(bisect_left(buffer, (wanted,)))  # the oldest one of that length
             row.append((start, min(length, room)))
@@ -842,33 +843,32 @@ def evaluate_bpb(model, tokenizer, batch_size, device=None):
     The first EVAL_TOKENS / MAX_SEQ_LEN validation rows are scored, each exactly once whatever `batch_size` is: the last
     batch is filled up with rows that do not count. Special tokens count in neither sum.
 
-    A submission may not look beyond the tokens that it predicts from. On several batches whole other rows are changed,
-    then each row from a random position t on. The logits of the rows left alone, and those before t, must stay. A model
-    that is seen to fail gets EvaluationError and no number."""
+    A submission may not look beyond the tokens that it predicts from. On several batches `check_causality` looks for
+    that. A model that is seen to fail gets EvaluationError and no number."""
     device = torch.device(device or get_device())
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()  # what is still being computed is training
     clock.begin_evaluation()
-    if name := os.environ.get("AUTORESEARCH_REPORT"):
-        Path(name).unlink(missing_ok=True)  # what an earlier evaluation left
+    report_file = os.environ.get("AUTORESEARCH_REPORT")  # in a night
+    if report_file:
+        Path(report_file).unlink(missing_ok=True)  # what an earlier evaluation left
+    if violation := clock.violation():
+        if report_file:
+            raise EvaluationError(violation)  # such a number counts for nothing, so it costs no time
+        print(f"warning: {violation}", file=sys.stderr)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # libraries and kernels need memory of their own
-    T = constants()["MAX_SEQ_LEN"]
-    if violation := clock.violation():
-        if name:
-            raise EvaluationError(violation)  # in a night such a number counts for nothing, so it costs no time
-        print(f"warning: {violation}", file=sys.stderr)
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()
     try:
-        tokens = read_tokens("val")
+        tokens, T = read_tokens("val"), constants()["MAX_SEQ_LEN"]
         rows = list(islice(pack_rows(tokens, T, forever=False), constants()["EVAL_TOKENS"] // T))
         token_bytes = get_token_bytes(device)  # the prepared tokenizer's, not those of the one passed in
         with torch.no_grad():
             clock.val_bpb = score_rows(model, tokens, rows, T, token_bytes, batch_size, device)
-        if name:
-            write_json(Path(name), facts_of_run())
+        if report_file:
+            write_json(Path(report_file), facts_of_run())
         return clock.val_bpb
     finally:
         if was_training:
@@ -882,15 +882,11 @@ ROWS_PER_LOSS = 8  # rows of logits that are scored in one call: fewer take more
 
 def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
     """Bits per byte of packed `rows`; token_bytes (V,) on the device."""
-    V = len(token_bytes)
-    rng = random.SystemRandom()  # not the seeded generator: a model can't foresee what is checked
+    V, rng = len(token_bytes), random.SystemRandom()  # not the seeded generator: a model can't foresee what is checked
     starts = range(0, len(rows), batch_size)
     rows_checked = max(1, min(CAUSALITY_ROWS_PER_BATCH, batch_size // 2))
     checked = set(rng.sample(starts, min(math.ceil(CAUSALITY_ROWS / rows_checked), len(starts))))
-    accumulator = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    nats = torch.zeros((), dtype=torch.float64, device=accumulator)
-    total_bytes = torch.zeros((), dtype=torch.int64, device=accumulator)
-    packed = np.empty((batch_size, T + 1), np.int64)
+    sums, packed = 0.0, np.empty((batch_size, T + 1), np.int64)
     for start in starts:
         batch = rows[start : start + batch_size]
         # Filled up, so the shape never changes, and a compiled model is not compiled again for the last batch.
@@ -898,22 +894,27 @@ def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
         x = torch.from_numpy(packed[:, :-1].copy()).to(device)  # its own memory: y can't be reached through it
         y = torch.from_numpy(packed[:, 1:].copy()).to(device)
         logits = checked_logits(model, x.clone(), V)
-        parts = zip(logits[: len(batch)].split(ROWS_PER_LOSS), y[: len(batch)].split(ROWS_PER_LOSS))
-        for part, part_y in parts:  # a float32 copy of all logits would be the largest tensor of the run
-            loss = F.cross_entropy(part.flatten(0, 1).float(), part_y.flatten(), reduction="none")  # (rows · T,)
-            n_bytes = token_bytes[part_y.flatten()].to(accumulator)
-            nats += (loss.to(accumulator).double() * (n_bytes > 0)).sum()
-            total_bytes += n_bytes.sum()
-        del part, parts
+        sums += nats_and_bytes(logits[: len(batch)], y[: len(batch)], token_bytes)
         if start in checked:
             row_ids = sorted(rng.sample(range(batch_size), rows_checked))
             logits = logits[row_ids]  # a copy: the model may reuse its output's memory
             check_causality(model, x, row_ids, logits, V, rng)
         del logits  # before the next ones exist: two of them take more memory than training
-    result = nats.item() / (math.log(2) * total_bytes.item())
-    if not math.isfinite(result):
-        raise EvaluationError(f"the logits are so large that the score is {result}")
-    return result
+    nats, total_bytes = sums.tolist()
+    if not math.isfinite(nats):
+        raise EvaluationError(f"the logits are so large that the score is {nats}")
+    return nats / (math.log(2) * total_bytes)
+
+
+def nats_and_bytes(logits, y, token_bytes):
+    """Sums over the targets y (B, T) that have bytes, float64 of shape (2,): nats and bytes."""
+    device = "cpu" if y.device.type == "mps" else y.device  # MPS has no float64
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for part, part_y in zip(logits.split(ROWS_PER_LOSS), y.split(ROWS_PER_LOSS)):
+        loss = F.cross_entropy(part.flatten(0, 1).float(), part_y.flatten(), reduction="none")  # (rows · T,)
+        n_bytes = token_bytes[part_y.flatten()].to(device)
+        sums += torch.stack([loss.to(device).double() * (n_bytes > 0), n_bytes.double()]).sum(dim=1)
+    return sums
 
 
 def checked_logits(model, x, V):
@@ -931,29 +932,26 @@ def checked_logits(model, x, V):
 
 def check_causality(model, x, row_ids, ref_logits, V, rng):
     """Raise EvaluationError if logits depend on tokens that come after them, or on other rows of x (B, T). ref_logits
-    (len(row_ids), T, V) is what model(x) gave for the rows `row_ids`. Only these rows are compared."""
-    B, T = x.shape
+    (len(row_ids), T, V) is what model(x) gave for the rows `row_ids`.
+
+    These rows are changed from a random position t on, the other rows wholly. The logits before t must stay."""
+    T = x.shape[1]
+    t = {i: rng.randrange(1, T) if T > 1 else 1 for i in row_ids}  # one token has none after it
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    noise = (x + torch.randint(1, V, x.shape, generator=generator).to(x.device)) % V  # differs from x everywhere
-    others = torch.ones_like(x, dtype=torch.bool)
-    others[row_ids] = False
-    # Each row is changed from a position of its own on. A row of one token has no earlier position.
-    t = torch.tensor([rng.randrange(1, T) if T > 1 else 1 for _ in range(B)], device=x.device)
-    future = torch.arange(T, device=x.device) >= t[:, None]  # (B, T)
+    noise = torch.randint(1, V, x.shape, generator=generator)
+    for i in row_ids:
+        noise[i, : t[i]] = 0
+    changed = (x + noise.to(x.device)) % V  # differs from x where the noise is not 0
 
-    def difference(changed):
-        """Where `changed` (B, T) is true, noise takes the place of a token. The largest change of a logit elsewhere."""
-        logits = checked_logits(model, torch.where(changed, noise, x), V)
-        pairs = ((logits[i][~changed[i]], ref[~changed[i]]) for i, ref in zip(row_ids, ref_logits))
-        return max((a - b).abs().max().item() if len(a) else 0.0 for a, b in pairs)
+    def difference(tokens):
+        logits = checked_logits(model, tokens, V)
+        return max((logits[i, : t[i]] - ref[: t[i]]).abs().max().item() for i, ref in zip(row_ids, ref_logits))
 
-    mixes = "the model mixes rows: other rows changed a row's logits"
-    looks = "the model is not causal: later tokens changed earlier logits"
-    for changed, problem in ((others, mixes), (future, looks)):
-        if (worst := difference(changed)) > CAUSALITY_TOLERANCE:
-            if (again := difference(torch.zeros_like(changed))) > CAUSALITY_TOLERANCE:
-                problem = "the same input gave other logits (a state, or a kernel that is not deterministic)"
-            raise EvaluationError(f"{problem}: a logit changed by {max(worst, again):.3g}, so there is no number")
+    if (worst := difference(changed)) > CAUSALITY_TOLERANCE:
+        problem = "the model is not causal, or it mixes rows: later tokens or other rows changed its logits"
+        if (again := difference(x)) > CAUSALITY_TOLERANCE:
+            problem = "the same input gave other logits (a state, or a kernel that is not deterministic)"
+        raise EvaluationError(f"{problem}: a logit changed by {max(worst, again):.3g}, so there is no number")
 
 
 # -----------------------------------------------------------------------------
@@ -1111,14 +1109,14 @@ def main(argv=None):
 # -----------------------------------------------------------------------------
 # Night: the loop. The table first; git follows from it, the plan from both, and the same loop after any interruption.
 # An idea is a commit of train.py, made in a tree: the clone, or with several GPUs a worktree .waves/1, .waves/2, …
-# A run is planned (a Row without a number), then begun (run.json has this Row), ended (run.….end has its number or its
-# problem) and judged (the table has its Row). The same table and commits give the same plan. So after an interruption
-# a run that was begun is found by its Row. It is started again if it has not ended and nothing supervises it.
+# A wave is a run in each tree that has something to run. Its runs are planned (a Row without a number), begun (run.json
+# has this Row), ended (run.….end has the number or the problem) and judged together (the table has their Rows).
+# Nothing is planned while a run of this wave is begun. One that has not ended and that nothing supervises starts again.
 #
 #   results.tsv        the Rows of what was judged; branch, tags and worktrees follow from it
-#   TREE/run.json      by start(): the planned Row, when it was started, how often, and its job of Slurm
+#   TREE/run.json      by start(): the planned Row, an id, how often it was started, and its job of Slurm
 #   TREE/run.py, .log  the train.py of its commit, and what it prints; a local supervisor locks the log while it lives
-#   TREE/run.….end     null by start(), at the end {problems, and with a number val_bpb, memory_gb, harness, …}
+#   TREE/run.ID.end    null by start(), at the end {problems, hangs, and with a number val_bpb, memory_gb, harness, …}
 
 TABLE = Path("results.tsv")
 EDIT = "status --porcelain -uno -- train.py".split()  # git says whether train.py has an edit without a commit
@@ -1137,22 +1135,23 @@ def run_night(check, wait, sbatch):
     deadline = time.monotonic() + wait
     while True:
         with open_night() as night:
-            alive = going(night.trees)
-            runs = {tree: read_run(tree) for tree in night.trees}  # after `alive`: what ends in between has its end
-            plan = plan_runs(night, runs, check)
-            if not plan:
-                return check_text(night) if check else idea_text(night)
-            begun = [tree for tree, row in plan.items() if runs[tree]["row"] == row]
-            ended = [tree for tree in begun if runs[tree]["end"]]
-            for tree, row in plan.items():
-                if tree not in ended and not (tree in begun and tree in alive):
-                    start(tree, row, night.trees, runs[tree], sbatch)
-            if len(ended) == len(plan):
-                record(night, {tree: runs[tree] for tree in plan})
+            runs = begun_runs(night)
+            if not runs:
+                plan = plan_runs(night, check)
+                if not plan:
+                    return check_text(night) if check else idea_text(night)
+                for tree, row in plan.items():
+                    start(tree, row, night.trees, sbatch)
                 continue
-        left = [tree for tree in plan if tree not in ended]
+            left = [tree for tree, run in runs.items() if not run["end"]]
+            if not left:
+                record(night, runs)
+                continue
+            for tree in left:
+                if not runs[tree]["going"]:
+                    start(tree, runs[tree]["row"], night.trees, sbatch, before=runs[tree]["starts"])
         if time.monotonic() >= deadline:
-            return f"wait: {len(left)} of {len(plan)} runs, start {read_run(left[0])['starts']}: {last_words(left[0])}"
+            return f"wait: {len(left)} of {len(runs)} runs, start {read_run(left[0])['starts']}: {last_words(left[0])}"
         until = min(deadline, time.monotonic() + PAUSE)
         while time.monotonic() < until and not any(read_run(tree)["end"] for tree in left):
             time.sleep(0.5)
@@ -1196,9 +1195,7 @@ def read_table():
     try:
         return [Row(*(kind(cell) for kind, cell in zip(kinds, line.split("\t"), strict=True))) for line in lines[1:]]
     except ValueError as error:
-        raise PrepareError(
-            f"{TABLE} has a damaged line ({error}): mend it, as nothing else has these numbers"
-        ) from error
+        raise PrepareError(f"{TABLE} has a damaged line ({error}): mend it, nothing else has its numbers") from error
 
 
 def write_table(rows):
@@ -1210,14 +1207,15 @@ class Night(NamedTuple):
     branch: str
     trees: list  # the worktrees .waves/1, .waves/2, …, or the clone alone
     rows: list  # of this branch, in order
-    base: str | None  # commit of the baseline
+    base: str | None  # commit of the baseline, None before its first number
     head: str | None  # commit that was kept last, the baseline at first
     rejected: set  # the commits that have run and are not kept
     wave: int  # of what runs next
 
-    def planned_row(self, commit, seed, description, status="keep"):
-        """A Row before its run. Until record() decides, the status of an idea is "discard", of other runs "keep"."""
-        return Row(commit, 0.0, 0.0, status, description, seed, self.wave, "", self.branch, "")
+    def planned_row(self, kind, commit, seed, description=""):
+        """A Row before its run. Until record() decides, the status is its kind: baseline, check or idea."""
+        description = description or f"{kind}, seed {seed}"
+        return Row(commit, 0.0, 0.0, kind, description, seed, self.wave, "", self.branch, "")
 
 
 @contextlib.contextmanager
@@ -1230,9 +1228,10 @@ def open_night():
         waves = [path.parent for path in Path(".waves").glob("[0-9]*/.git")]
         trees = sorted(waves, key=lambda tree: (len(tree.name), tree)) or [Path()]  # 10 after 9
         rows = [row for row in read_table() if row.branch == branch]
-        kept = [row.commit for row in rows if row.status == "keep" and not is_check(row)] or [None]
+        kept = [row.commit for row in rows if row.status == "keep" and not is_check(row)]
+        base, head = (kept[0], kept[-1]) if kept else (None, None)
         rejected = {row.commit for row in rows}.difference(kept)
-        night = Night(branch, trees, rows, kept[0], kept[-1], rejected, 1 + max((row.wave for row in rows), default=0))
+        night = Night(branch, trees, rows, base, head, rejected, 1 + max((row.wave for row in rows), default=0))
         align_git(night)
         yield night
 
@@ -1307,19 +1306,14 @@ def lay_aside(tree):
 # Night: what runs next
 
 
-def plan_runs(night, runs, check):
-    """{tree: Row} of what the night needs now: runs of the baseline, else a check that was begun, else ideas, else a
-    new check; {} if it needs an idea. runs: {tree: what read_run() says}. Raises PrepareError."""
-    now = night.branch, night.wave
-    begun = {tree: row for tree, run in runs.items() if (row := run["row"]) and (row.branch, row.wave) == now}
-    n = sum(row.commit == night.base and row.status == "keep" for row in night.rows)
-    if night.head == night.base and n < BASELINES + (len(night.trees) > 1):
-        was_begun = next((row.commit for row in begun.values()), None)  # an idea may have been committed since
-        base = night.base or was_begun or commit_of(".")
-        return {tree: night.planned_row(base, i, f"baseline, seed {i}") for tree, i in zip(night.trees, count(n))}
-    checks = dict(zip(night.trees, plan_check(night)))
-    begun_checks = {tree: row for tree, row in checks.items() if begun.get(tree) == row}
-    return begun_checks or plan_ideas(night, begun) or (checks if check else {})
+def plan_runs(night, check):
+    """{tree: Row} of the next wave: the baseline while it lacks numbers, else the ideas, else a check if it was asked
+    for; {} if the night needs an idea. Raises PrepareError for an idea of the wrong shape, with what mends it."""
+    seeds = [row.seed for row in night.rows if row.commit == night.base and not is_check(row)]
+    if night.head == night.base and len(seeds) < BASELINES + (len(night.trees) > 1):
+        base, new = night.base or commit_of("."), (seed for seed in count() if seed not in seeds)
+        return {tree: night.planned_row("baseline", base, seed) for tree, seed in zip(night.trees, new)}
+    return plan_ideas(night) or (dict(zip(night.trees, plan_check(night))) if check else {})
 
 
 def plan_check(night):
@@ -1329,32 +1323,34 @@ def plan_check(night):
     commits = (night.head, night.base) if night.head != night.base else ()
     ran = {(row.commit, row.seed) for row in night.rows}
     wanted = [(commit, seed) for seed in range(first, first + CHECK_RUNS) for commit in commits]
-    return [night.planned_row(*pair, f"check, seed {pair[1]}") for pair in wanted if pair not in ran]
+    return [night.planned_row("check", *pair) for pair in wanted if pair not in ran]
 
 
-def plan_ideas(night, begun):
-    """{tree: Row} of the ideas that have no row in the table; one commit in two trees runs once. A run that was begun
-    goes on, even if there are newer commits. Raises PrepareError for an idea of the wrong shape, with what mends it."""
+def plan_ideas(night):
+    """{tree: Row} of the ideas that have no row in the table. One commit in two trees runs once."""
     plan = {}
     for tree in sorted({Path(), *night.trees}):
-        found, typed = idea_commits(tree, night), f"git -C {tree}"
-        if tree in begun and begun[tree].commit in found:
-            plan[tree] = begun[tree]
-        elif found and found[0] not in [row.commit for row in plan.values()]:
-            new, old = found[0], found[-1]
-            if tree not in night.trees:  # in the clone, but ideas belong into worktrees
-                fix = f"`git -C .waves/1 cherry-pick {old}`, then `{typed} rebase --onto {old}~1 {old}`"
-            elif old in night.rejected:  # on top of what was not kept
-                fix = f"`{typed} rebase --onto {old}~1 {old}`"
-            elif git("merge-base", "HEAD", night.head, tree=tree)[:7] != night.head:  # on another base
-                fix = f"`{typed} rebase --onto {night.head} {old}~1`"
-            elif len(found) > 1 or git("diff", "--name-only", f"{new}~1", new, ".", ":!train.py", tree=tree):
-                fix = f"`{typed} reset --soft {old}~1`, then `{typed} commit -m WHAT train.py`"
-            else:
-                plan[tree] = night.planned_row(new, 0, one_line(git("log", "-1", "--format=%s", new)), "discard")
-                continue
-            raise PrepareError(f"{new}: an idea is one commit on top of {night.head} that changes only train.py: {fix}")
+        found = idea_commits(tree, night)
+        if found and found[0] not in [row.commit for row in plan.values()]:
+            if fix := shape_fix(tree, found, night):
+                what = f"an idea is one commit on top of {night.head} that changes only train.py"
+                raise PrepareError(f"{found[0]}: {what}: {fix}")
+            plan[tree] = night.planned_row("idea", found[0], 0, one_line(git("log", "-1", "--format=%s", found[0])))
     return plan
+
+
+def shape_fix(tree, found, night):
+    """The commands that mend an idea of the wrong shape, None if it is right. found: what idea_commits() says."""
+    new, old, typed = found[0], found[-1], f"git -C {tree}"
+    if tree not in night.trees:  # in the clone, but ideas belong into worktrees
+        return f"`git -C .waves/1 cherry-pick {old}`, then `{typed} rebase --onto {old}~1 {old}`"
+    if old in night.rejected:  # on top of what was not kept
+        return f"`{typed} rebase --onto {old}~1 {old}`"
+    if git("merge-base", "HEAD", night.head, tree=tree)[:7] != night.head:  # on another base
+        return f"`{typed} rebase --onto {night.head} {old}~1`"
+    if len(found) > 1 or git("diff", "--name-only", f"{new}~1", new, ".", ":!train.py", tree=tree):
+        return f"`{typed} reset --soft {old}~1`, then `{typed} commit -m WHAT train.py`"
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -1365,48 +1361,49 @@ ERROR = re.compile(r"Fatal Python error|train\.py: error|[\w.]*(Error|Exception|
 
 def read_run(tree):
     """What start() wrote into a tree, and as "end" what supervise() left of that run: None if it has not ended."""
-    run = {"row": None, "started": None, "starts": 0, "end": None}
+    run = {"row": None, "id": None, "starts": 0, "slurm": None, "end": None}
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         facts = json.loads((tree / "run.json").read_bytes())
         run |= {**facts, "row": Row(*facts["row"])}  # all or nothing: it may be from another prepare.py
-        run["end"] = json.loads((tree / f"run.{run['started']}.end").read_bytes())
+        run["end"] = json.loads((tree / f"run.{run['id']}.end").read_bytes())
     return run
 
 
-def going(trees):
-    """The trees whose run has a supervisor: a local one locks run.log, Slurm knows the job of another. Slurm is asked
-    twice for a job that it does not know. While it does not answer, its jobs count as going."""
-    runs = {tree: read_run(tree) for tree in trees}
-    runs = {tree: run for tree, run in runs.items() if run["started"] and not run["end"]}
-    jobs, known = {run["slurm"] for run in runs.values() if "slurm" in run}, set()
+def begun_runs(night):
+    """{tree: what read_run() says} of this wave, and as "going" whether the run has a supervisor: a local one locks
+    run.log, Slurm knows the job of another. It is asked twice for a job that it does not know. While it does not
+    answer, its jobs count as going."""
+    runs, now = {tree: read_run(tree) for tree in night.trees}, (night.branch, night.wave)
+    runs = {tree: run for tree, run in runs.items() if run["starts"] and (run["row"].branch, run["row"].wave) == now}
+    jobs, known = {run["slurm"] for run in runs.values() if not run["end"]} - {None}, set()
     for pause in (0, BEAT):
         if jobs - known:
             time.sleep(pause)
             answer = subprocess.run(["squeue", "--me", "--noheader", "--format=%A"], capture_output=True, text=True)
             known |= jobs if answer.returncode else {*answer.stdout.split()}
-    return [tree for tree, run in runs.items() if run.get("slurm") in known or is_locked(tree / "run.log")]
+    going = {tree: run["slurm"] in known or is_locked(tree / "run.log") for tree, run in runs.items()}
+    return {tree: {**read_run(tree), "going": going[tree]} for tree in runs}  # its end may have come since
 
 
-def start(tree, row, trees, before, sbatch):
-    """Start a run in the background, as a process or as a job of Slurm. before: what read_run() says of the tree."""
-    starts = before["starts"] + 1 if before["row"] == row else 1
-    if starts > STARTS:
+def start(tree, row, trees, sbatch, before=0):
+    """Start a run in the background, as a process or as a job of Slurm. before: how often it was started before."""
+    if before == STARTS:
         text = f"its supervisor was ended {STARTS} times (by your shell? Then `--wait 900`): {last_words(tree)}"
-        return write_json(tree / f"run.{before['started']}.end", {"problems": [text]})
+        return write_json(tree / f"run.{read_run(tree)['id']}.end", {"problems": [text]})
     for file in (tree / "run.log", *tree.glob("run.[0-9]*.[er]*")):  # an earlier run's processes may still write there
         file.unlink(missing_ok=True)
     with open(tree / "run.py", "wb") as f:
         git("show", f"{row.commit}:./train.py", tree=tree, stdout=f)
     limit = load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
-    run = {"row": row, "started": time.time(), "starts": starts, "limit": limit}
-    write_json(tree / f"run.{run['started']}.end", None)  # made now, as NFS may hide a new name for a while
-    command = [sys.executable, __file__, "supervise", str(tree), str(run["started"])]
+    run = {"row": row, "id": str(time.time_ns()), "starts": before + 1, "limit": limit}
+    write_json(tree / f"run.{run['id']}.end", None)  # made now, as NFS may hide a new name for a while
+    command = [sys.executable, __file__, "supervise", str(tree), run["id"]]
     if sbatch is not None:
         return start_job(tree, run, command, sbatch)
     env = os.environ | own_gpu(tree, trees)
     write_json(tree / "run.json", run)
-    with open(tree / "run.log", "wb") as f, open(tree / "run.log", "rb+") as lock:  # the supervisor inherits both
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tree / "run.log", "wb") as f, open(tree / "run.log", "rb+") as lock:  # the supervisor inherits both,
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run only f
         streams = dict(stdin=subprocess.DEVNULL, stdout=f, stderr=f, pass_fds=[lock.fileno()])
         subprocess.Popen(command, env=env, start_new_session=True, **streams)
 
@@ -1422,16 +1419,16 @@ def own_gpu(tree, trees):
 
 
 def start_job(tree, run, command, sbatch):
-    write_json(tree / "run.json", {**run, "starts": run["starts"] - 1})  # if Slurm refuses the job, it was no start
+    write_json(tree / "run.json", {**run, "starts": 0})  # a job that Slurm refuses is not begun
     options = ["--gres=gpu:1", f"--time={run['limit'] // 60 + 5}", "--no-requeue", f"--output={tree / 'run.log'}"]
     command = ["sbatch", "--parsable", *options, *sbatch, f"--wrap={shlex.join(command)}"]
     job = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     write_json(tree / "run.json", {**run, "slurm": job.strip().split(";")[0]})
 
 
-def supervise(tree, started):
+def supervise(tree, run_id):
     """Run run.py to its end or its limit. Then write its number, whatever came after that, or else the problem."""
-    planned, report_file = read_run(tree), (tree / f"run.{started}.report").resolve()
+    planned, report_file = read_run(tree), (tree / f"run.{run_id}.report").resolve()
     env = os.environ | dict(SEED=str(planned["row"].seed), AUTORESEARCH_REPORT=str(report_file))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     popen = partial(subprocess.Popen, start_new_session=True)  # a process group of its own
@@ -1440,18 +1437,20 @@ def supervise(tree, started):
     killer = popen(["sh", "-c", f"read line; kill -9 -{run.pid}"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + planned["limit"]
     while run.poll() is None and time.monotonic() < deadline:
-        if str(read_run(tree)["started"]) != started:
+        if read_run(tree)["id"] != run_id:
             sys.exit("this run ends, as another one was started here")
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(BEAT)
     hangs = run.poll() is None
     if hangs:
+        problem = f"hang: no end after {planned['limit']} s"
         run.send_signal(signal.SIGABRT)  # Python prints where it hangs
         time.sleep(BEAT)
-    elif run.returncode == -signal.SIGTERM:
-        time.sleep(2)  # if a cluster ends the job, it now ends this process too, and the run is no crash
+    else:
+        problem = last_words(tree, run.returncode)
+        if run.returncode == -signal.SIGTERM:
+            time.sleep(2)  # if a cluster ends the job, it now ends this process too, and the run is no crash
     killer.communicate()
-    problem = f"hang: no end after {planned['limit']} s" if hangs else last_words(tree, run.wait())
     facts = json.loads(report_file.read_bytes()) if report_file.exists() else {"problems": [problem]}
     write_json(report_file.with_suffix(".end"), {**facts, "hangs": hangs})
 
@@ -1482,13 +1481,13 @@ class Bar(NamedTuple):
     n: int = 0  # waves since the last keep, without those that only crashed, at most KEEP_WAVES
     known: frozenset = frozenset()  # the commits of the baseline and of what was kept
 
-    def limit(self, simpler):
+    def value(self, simpler):
         """nan, which nothing beats, while the baseline has fewer than three numbers."""
         return self.head + self.margin if simpler else self.head - self.margin * (1 - self.n / KEEP_WAVES)
 
     def of(self, row):
         """The bar of a run after these: nan for a known commit that runs again."""
-        return math.nan if row.commit in self.known else self.limit(is_simpler(row))
+        return math.nan if row.commit in self.known else self.value(is_simpler(row))
 
 
 def next_bar(rows):
@@ -1516,32 +1515,40 @@ def next_bar(rows):
 
 
 def record(night, runs):
-    """Write the rows of a wave that has ended: of the ideas below their bar the best is kept. Raises PrepareError, and
-    writes no row, for another harness and a baseline without a number."""
-    ended = [(run["row"], run["end"]) for run in runs.values()]
-    names = [row.harness for row in night.rows] + [end.get("harness") for _, end in ended]
-    names = [name for name in names if name]  # a crash has none
-    why = "undo what has changed in prepare.py, PyTorch, the device or the prepared text"
-    void = [f"the harness is {name}, that of the baseline {names[0]}: {why}" for name in names if name != names[0]]
-    baselines = [end["problems"] for row, end in ended if row.status == "keep" and not is_check(row)]
-    void += [f"the baseline has no number ({problems[0]})" for problems in baselines if problems]
+    """Write the rows of a wave that has ended: of the ideas below their bar the best is kept. Another harness, or a
+    baseline without a number, has no row but a PrepareError, and starts anew. The next call records the others."""
+    names = [row.harness for row in night.rows] + [run["end"].get("harness") for run in runs.values()]
+    first, void = next(filter(None, names), None), {}
+    for tree, run in runs.items():
+        if (name := run["end"].get("harness", first)) != first:  # a crash has none
+            why = "undo what has changed in prepare.py, PyTorch, the device or the prepared text"
+            void[tree] = f"the harness is {name}, that of the baseline {first}: {why}"
+        if run["row"].status == "baseline" and run["end"]["problems"]:
+            void[tree] = f"the baseline has no number ({run['end']['problems'][0]})"
     if void:
-        for tree in runs:
+        for tree in void:
             (tree / "run.json").unlink()
-        raise PrepareError(f"{void[0]}. The same command starts it anew")
-    new = []
-    for row, end in ended:
-        if end["problems"]:
-            row = row._replace(status="crash", description=f"{row.description}: {one_line(end['problems'][0])}")
-        else:
-            text = f", {end['num_steps']} steps" if "num_steps" in end else ""
-            text += ", did not end by itself" if end["hangs"] else ""
-            numbers = dict(val_bpb=float(end["val_bpb"]), memory_gb=float(end["memory_gb"]), harness=end["harness"])
-            row = row._replace(description=row.description + text, **numbers)
-        new.append(row._replace(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())))
-    below = [row for row in new if row.status == "discard" and row.val_bpb < next_bar(night.rows).of(row)]
+        raise PrepareError(f"{next(iter(void.values()))}. The same command starts it anew")
+    bar, new = next_bar(night.rows), [judged_row(run["row"], run["end"]) for run in runs.values()]
+    below = [row for row in new if row.status == "discard" and row.val_bpb < bar.of(row)]
     best = min(below, key=lambda row: row.val_bpb, default=None)
-    write_table(read_table() + [row._replace(status="keep") if row is best else row for row in new])
+    for i, row in enumerate(new):
+        near = row.status == "discard" and row.val_bpb < bar.head
+        note = ", also below the bar" if row in below else ", near miss" if near else ""
+        new[i] = row._replace(status="keep") if row is best else row._replace(description=row.description + note)
+    write_table(read_table() + new)
+
+
+def judged_row(row, end):
+    """The Row of a run that has ended. An idea is "discard", as long as record() does not keep it."""
+    row = row._replace(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    if end["problems"]:
+        return row._replace(status="crash", description=f"{row.description}: {one_line(end['problems'][0])}")
+    text = f", {end['num_steps']} steps" if "num_steps" in end else ""
+    text += ", did not end by itself" if end["hangs"] else ""
+    numbers = dict(val_bpb=float(end["val_bpb"]), memory_gb=float(end["memory_gb"]), harness=end["harness"])
+    status = "discard" if row.status == "idea" else "keep"
+    return row._replace(status=status, description=row.description + text, **numbers)
 
 
 # -----------------------------------------------------------------------------
@@ -1549,18 +1556,11 @@ def record(night, runs):
 
 
 def idea_text(night):
-    """What an agent must know before its next idea: the bar, the rows of the last wave, and what follows from them."""
-    last = [row for row in night.rows if row.wave == night.rows[-1].wave]
-    last_bar, bar = next_bar(night.rows[: -len(last)]), next_bar(night.rows)
-    bars = f"keep below {bar.limit(simpler=False):.6f}, simpler code below {bar.limit(simpler=True):.6f}"
+    """What an agent must know before its next idea: the bar, the rows of the last wave, and edits without a commit."""
+    bar = next_bar(night.rows)
+    bars = f"keep below {bar.value(simpler=False):.6f}, simpler code below {bar.value(simpler=True):.6f}"
     lines = [f"idea: head {bar.head:.6f}, margin {bar.margin:.6f}, n {bar.n}: {bars}"]
-    lines += [row.line(5) for row in last]
-    missed = sorted((row for row in last if row.status == "discard"), key=lambda row: row.val_bpb)
-    below = [f"tried/{row.commit}" for row in missed if row.val_bpb < last_bar.of(row)]
-    below = below if "keep" in [row.status for row in last] else below[1:]  # discard() took the best one back
-    near = [f"tried/{row.commit}" for row in missed if last_bar.of(row) <= row.val_bpb < last_bar.head]
-    lines += [f"also below the bar: {' '.join(below)}: on the new head one of the next ideas"] if below else []
-    lines += [f"near miss, better than head was: {' '.join(near)}"] if near else []
+    lines += [row.line(5) for row in night.rows if row.wave == night.rows[-1].wave]
     for tree in sorted({Path(), *night.trees}):
         if git(*EDIT, tree=tree):
             lines.append(f"note: {tree / 'train.py'} has an edit without a commit: it did not run")

@@ -76,10 +76,6 @@ def test_a_bfloat16_model_is_scored_in_float32(tokenizer):
     assert prepare.evaluate_bpb(half, tokenizer, 8) == prepare.evaluate_bpb(single, tokenizer, 8)
 
 
-# -----------------------------------------------------------------------------
-# Attacks
-
-
 def peek(x, logits, source):
     """Add to the logits at each place a bonus for the token that stands at `source` of it."""
     return logits + 5 * torch.nn.functional.one_hot(source, V)

@@ -47,10 +47,6 @@ def randomized(model):
     return model
 
 
-# -----------------------------------------------------------------------------
-# Attention
-
-
 def reference(q, k, v, window):
     """Attention by its definition, one query and head at a time, in float64."""
     B, T, H, D = q.shape
@@ -201,10 +197,6 @@ def test_one_answer_decides_about_bfloat16(flash3, monkeypatch, works):
     loss = randomized(model)(x, x)
     assert seen == [wanted, wanted] and loss.dtype == model(x).dtype == torch.float32
     loss.backward()
-
-
-# -----------------------------------------------------------------------------
-# Model
 
 
 def test_rotary_embedding_by_hand():

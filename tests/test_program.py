@@ -392,6 +392,13 @@ def test_the_human_commits_in_the_night(night):
     assert night.rows()[-1][:1] + night.rows()[-1][3:5] == [commit, "discard", "runs, 9 steps"]
     assert night.run().startswith("idea: ") and night.rows()[-1][3:5] == ["keep", "too early, 9 steps"]
     assert night.sh("git log --format=%s -n 2") == "too early\npage\n" and len(night.starts(commit)) == 1
+    # What was begun ends and has its row, though the agent has amended it
+    first = night.commit(1.2, "begun", "time.sleep(1)")
+    night.background()
+    night.edit(1.3)
+    night.sh("git commit -q --amend -am amended")
+    assert night.run().startswith("idea: ") and night.rows()[-2][0] == first
+    assert [row[4] for row in night.rows()[-2:]] == ["begun, 9 steps", "amended, 9 steps"]
 
 
 def test_a_table_or_a_run_of_another_kind(night):

@@ -110,14 +110,16 @@ def test_waves_of_eight_through_slurm(tmp_path, slurm, session_cache):
     for i, value in zip(night.all, [1.2, 0.95, BAR + 2e-6, 0.96, BAR - 2e-6, 1.0, 0.9, 0.999], strict=True):
         night.idea(i, f"{value - NOISE[0] - (i in (2, 4)):.6f}", name="MORE" if i in (2, 4) else "VALUE")
     others = [f"tried/{night.at(i)}" for i in (2, 4, 5)]
-    assert f"\nalso below the bar: {' '.join(others)}: on the new head one of the next ideas\n" in night.wave()
+    printed = night.wave()
+    assert [f"tried/{commit}" for commit in re.findall(r"\n(\w+).*, also below the bar", printed)] == others
+    assert re.findall(r"(idea \d), 9 steps, near miss", printed) == ["idea 3", "idea 8"]
     assert [status for status, _ in night.statuses(2)] == ["keep"] + ["discard"] * 7
 
     # Wave 3: one of the others on top of it; and simpler code that costs little. The other worktrees have no idea
     night.sh(f"git -C .waves/1 cherry-pick -n {others[0]} && git -C .waves/1 commit -qm both")
     night.commits.add(night.at(1))
     night.idea(2, 0.899, what="simpler: less code")
-    assert "also below the bar: " in night.wave()  # both passed
+    assert ", also below the bar\n" in night.wave()  # both passed
     assert night.statuses(3) == [("keep", "0.847000"), ("discard", "0.902000")]
 
     # Wave 4, the check: baseline and branch on three fresh seeds. Wave 5: simpler code is kept
@@ -213,7 +215,7 @@ def test_waves_without_slurm(tmp_path, session_cache):
     assert [status for status, _ in night.statuses(2)] == ["crash", "keep", "discard", "discard"]
     assert "idea 4: ZeroDivisionError: division by zero" in (night.folder / "results.tsv").read_text()
     printed = night.sh(DISCARD)  # it costs more than the human allows
-    assert f"\nalso below the bar: tried/{commits[2]} tried/{commits[3]}: on the new head" in printed
+    assert re.findall(r"\n(\w+)\t.*, also below the bar", printed) == [commits[2], commits[3]]
     night.consistent()
     assert " ".join(status for status, _ in night.statuses(2)) == "crash discard discard discard"
 
@@ -240,7 +242,7 @@ def test_slips_of_the_agent(tmp_path, session_cache):
     night.sh("cd .waves/1 && uv run prepare.py run")
     back = re.search("laid aside: `(git -C .waves/1 apply .*)` brings", night.wave())[1]
     assert night.statuses(3) == [("keep", "0.603000"), ("discard", "0.803000")]
-    assert [row[4] for row in night.rows()[-2:]] == ["check whether, 9 steps", "idea 2, 9 steps"]
+    assert [row[4] for row in night.rows()[-2:]] == ["check whether, 9 steps, also below the bar", "idea 2, 9 steps"]
     night.sh(f"{back} && git -C .waves/1 commit -qam 'laid aside' && rm .waves/1/edit-*")
     night.commits.add(night.at(1))
     night.wave()
