@@ -73,8 +73,8 @@ SPECIAL_TOKENS = ["<|bos|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>
 TOKENIZER_CHARS = 100_000_000  # text that the tokenizer learns from; twice as much compresses no better
 TOKENIZER_DOC_CHARS = 10_000  # of one document, so that no long document dominates
 
-DOCUMENT_CHARS = 4_000  # a longer document is cut (not in climbmix), else rows would lose what they have no room for
-VAL_FRACTION = 0.05  # of the text is validation, unless files are named as VAL_NAME says
+DOCUMENT_CHARS = 4_000  # a longer document is cut into pieces (not in climbmix): a row drops what it has no room for
+VAL_FRACTION = 0.05  # share of the text that is validation, unless files are named as VAL_NAME says
 MIN_VAL_ROWS = 16  # fewer validation rows say nothing
 MOST_REPEATED = 0.5  # share of the validation documents that may be training documents too
 BUFFER_DOCS, REFILL_DOCS = 1_000, 128  # documents from which a row is packed; documents read at a time
@@ -304,13 +304,13 @@ def read_lines(path):
 
 
 def read_table_file(path, kind):
-    """Yields the rows of a .csv or .tsv file, whose first line names the columns. Quotation marks enclose cells. Where
-    tabs separate and the marks do not close, or enclose whole rows, they are text."""
+    """Yields the rows of a .csv or .tsv file, whose first line names the columns. Quotation marks enclose cells.
+    Where tabs separate, marks that do not close, or that enclose whole rows, are text."""
     csv.field_size_limit(sys.maxsize)  # a document may have more than its 131,072 characters
     header = next(read_lines(path), "")
     separator = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
     delimiter = separator if separator in header else "\x1f"  # a single column: commas are text
-    width = header.count(delimiter) or -1  # delimiters in a row; no line has -1, for a single column
+    width = header.count(delimiter) or -1  # delimiters in a row, or -1, which no line has
 
     def rows(quoting):
         for row in csv.DictReader(read_lines(path), delimiter=delimiter, quoting=quoting, strict=True):
@@ -349,10 +349,10 @@ def source_corpus(length=DOCUMENT_CHARS):
             if path.is_file() and not {"site-packages", "dist-packages"} & set(name.parts):
                 files[str(name)] = path
     names = sorted(files, key=cache_key)
-    val = {files[name]: name for name in names if cache_key(Path(name).parts[0].removesuffix(".py"))[0] == "1"}
-    train = [files[name] for name in names if files[name] not in val]
+    in_val = {name for name in names if cache_key(Path(name).parts[0].removesuffix(".py"))[0] == "1"}
+    train, val = ([files[name] for name in names if (name in in_val) == side] for side in (False, True))
     note = f"Python source: {len(train):,} files, validation {len(val):,} files of other packages"
-    return Corpus(train, list(val), note, length=length)
+    return Corpus(train, val, note, length=length)
 
 
 def own_corpus(path, column, length=DOCUMENT_CHARS):
@@ -462,7 +462,7 @@ def fetch_shard(name, folder, endpoint):
 class Tokenizer:
     """Byte-level BPE, trained with rustbpe, run by tiktoken, stored as plain ranks.
 
-    Every text comes back from its tokens, but for lone surrogates (U+FFFD). How a special token is spelled is text."""
+    Every text comes back from its tokens, but for lone surrogates (U+FFFD). What spells a special token is text."""
 
     def __init__(self, ranks):  # ranks: list of bytes; a token's index is its id; special tokens follow
         self.ranks = ranks
@@ -613,12 +613,12 @@ def device_name():
 class Clock:
     """The time that a model has to learn in, from the first batch of make_dataloader to the beginning of evaluation.
 
-    Another batch or evaluation after that continues the time as if it had never stopped. What a run computes before its
-    first batch is not seen. `val_bpb` is the number of the last evaluation, None before it and if it failed."""
+    After another batch, or another evaluation, the time between counts too. What a run computes before its first batch
+    is not seen. `val_bpb` is the number of the last evaluation, None before it and if it failed."""
 
     def __init__(self):
         self.started = self.stopped = self.val_bpb = None
-        self.val_seen = self.val_seen_too_early = False  # was validation text handed out, and before the evaluation?
+        self.val_seen = self.val_seen_too_early = False  # was validation text handed out; already before evaluation?
         self.step_ends, self.batch_since = [0.0], False  # seconds() at the last ends of steps; a batch came since then?
 
     def start(self):
@@ -730,7 +730,7 @@ def make_dataloader(tokenizer, B, T, split, device=None):
     def hand_out():
         for batch in batches(tokens, B, T, torch.device(device or get_device())):
             clock.val_seen |= split == "val"
-            if split == "train" or clock.started is None:  # after an evaluation, nothing is learned from validation
+            if split == "train" or clock.started is None:  # else it is read after the training
                 clock.start()
             yield batch
 
@@ -864,7 +864,7 @@ def evaluate_bpb(model, tokenizer, batch_size, device=None):
     try:
         tokens, T = read_tokens("val"), constants()["MAX_SEQ_LEN"]
         rows = list(islice(pack_rows(tokens, T, forever=False), constants()["EVAL_TOKENS"] // T))
-        token_bytes = get_token_bytes(device)  # the prepared tokenizer's, not those of the one passed in
+        token_bytes = get_token_bytes(device)  # of the prepared tokenizer, whatever was passed in
         with torch.no_grad():
             clock.val_bpb = score_rows(model, tokens, rows, T, token_bytes, batch_size, device)
         if report_file:
@@ -897,7 +897,7 @@ def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
         sums += nats_and_bytes(logits[: len(batch)], y[: len(batch)], token_bytes)
         if start in checked:
             row_ids = sorted(rng.sample(range(batch_size), rows_checked))
-            logits = logits[row_ids]  # a copy: the model may reuse its output's memory
+            logits = logits[row_ids]  # a list copies: the model may reuse its output's memory
             check_causality(model, x, row_ids, logits, V, rng)
         del logits  # before the next ones exist: two of them take more memory than training
     nats, total_bytes = sums.tolist()
@@ -1115,7 +1115,7 @@ def main(argv=None):
 #
 #   results.tsv        the Rows of what was judged; branch, tags and worktrees follow from it
 #   TREE/run.json      by start(): the planned Row, an id, how often it was started, and its job of Slurm
-#   TREE/run.py, .log  the train.py of its commit, and what it prints; a local supervisor locks the log while it lives
+#   TREE/run.py, .log  the train.py of its commit, and what it prints; run.lock: locked while a local supervisor lives
 #   TREE/run.ID.end    null by start(), at the end {problems, hangs, and with a number val_bpb, memory_gb, harness, …}
 
 TABLE = Path("results.tsv")
@@ -1174,7 +1174,6 @@ class Row(NamedTuple):
     time: str  # UTC, when it was judged
 
     def line(self, columns=None):
-        """The first columns, or all, as they stand in the table."""
         return "\t".join([self.commit, f"{self.val_bpb:.6f}", f"{self.memory_gb:.1f}", *map(str, self[3:])][:columns])
 
 
@@ -1251,26 +1250,27 @@ def commit_of(tree, name="HEAD"):
 
 
 def idea_commits(tree, night):
-    """The commits above the head, the last one first: of train.py in the clone, all new ones in a worktree."""
-    only = ["--", "train.py"] if Path(tree) == Path() else ["--not", commit_of(".")]  # a human commits other files
+    """The commits above the head, the last one first, without a human's: they change other files of the clone."""
+    only = ["--", "train.py"] if Path(tree) == Path() else ["--not", commit_of(".")]
     found = git("log", "--format=%H", f"{night.head}..HEAD", *only, tree=tree)
     return [commit[:7] for commit in found.split()]
 
 
 def align_git(night):
-    """Make git say what the table says. An idea that has no row yet stays where it is."""
+    """Make git say what the table says: the clone's branch is base, kept ideas, head, then an idea without a row, if
+    there is one. A human's commits of other files may lie anywhere between."""
     # 1. What is rejected has a tag
     tags = git("tag", "--list", "tried/*").split()
     for commit in night.rejected - {tag.removeprefix("tried/") for tag in tags}:
         git("tag", "--no-sign", f"tried/{commit}", commit)
     if not night.head:
         return
-    # 2. It leaves the clone's branch: that ends with it, or with later commits of the human
+    # 2. It leaves the clone's branch: as its last commit, or from below commits of the human
     if commit_of(".") in night.rejected:
         move(".", "HEAD~1")
     ideas = idea_commits(".", night)
     if not night.rejected.issuperset(ideas):
-        return  # the newest has no row: it runs first (or, in waves, plan_ideas refuses it)
+        return  # the last one is new: it runs first (or, in waves, shape_fix() refuses it)
     if ideas:
         lay_aside(".")
         git("rebase", "-q", "--autostash", "--onto", f"{ideas[0]}~1", ideas[0])
@@ -1371,7 +1371,7 @@ def read_run(tree):
 
 def begun_runs(night):
     """{tree: what read_run() says} of this wave, and as "going" whether the run has a supervisor: a local one locks
-    run.log, Slurm knows the job of another. It is asked twice for a job that it does not know. While it does not
+    run.lock, Slurm knows the job of another. It is asked twice for a job that it does not know. While it does not
     answer, its jobs count as going."""
     runs, now = {tree: read_run(tree) for tree in night.trees}, (night.branch, night.wave)
     runs = {tree: run for tree, run in runs.items() if run["starts"] and (run["row"].branch, run["row"].wave) == now}
@@ -1381,7 +1381,7 @@ def begun_runs(night):
             time.sleep(pause)
             answer = subprocess.run(["squeue", "--me", "--noheader", "--format=%A"], capture_output=True, text=True)
             known |= jobs if answer.returncode else {*answer.stdout.split()}
-    going = {tree: run["slurm"] in known or is_locked(tree / "run.log") for tree, run in runs.items()}
+    going = {tree: run["slurm"] in known or is_locked(tree / "run.lock") for tree, run in runs.items()}
     return {tree: {**read_run(tree), "going": going[tree]} for tree in runs}  # its end may have come since
 
 
@@ -1390,21 +1390,21 @@ def start(tree, row, trees, sbatch, before=0):
     if before == STARTS:
         text = f"its supervisor was ended {STARTS} times (by your shell? Then `--wait 900`): {last_words(tree)}"
         return write_json(tree / f"run.{read_run(tree)['id']}.end", {"problems": [text]})
-    for file in (tree / "run.log", *tree.glob("run.[0-9]*.[er]*")):  # an earlier run's processes may still write there
-        file.unlink(missing_ok=True)
+    for file in (tree / "run.log", tree / "run.lock", *tree.glob("run.[0-9]*")):
+        file.unlink(missing_ok=True)  # processes of an earlier run may still write there
     with open(tree / "run.py", "wb") as f:
         git("show", f"{row.commit}:./train.py", tree=tree, stdout=f)
     limit = load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
     run = {"row": row, "id": str(time.time_ns()), "starts": before + 1, "limit": limit}
-    write_json(tree / f"run.{run['id']}.end", None)  # made now, as NFS may hide a new name for a while
+    write_json(tree / f"run.{run['id']}.end", None)  # now: a network disk may hide a new name for a while
     command = [sys.executable, __file__, "supervise", str(tree), run["id"]]
     if sbatch is not None:
         return start_job(tree, run, command, sbatch)
     env = os.environ | own_gpu(tree, trees)
     write_json(tree / "run.json", run)
-    with open(tree / "run.log", "wb") as f, open(tree / "run.log", "rb+") as lock:  # the supervisor inherits both,
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run only f
-        streams = dict(stdin=subprocess.DEVNULL, stdout=f, stderr=f, pass_fds=[lock.fileno()])
+    with open(tree / "run.lock", "wb") as lock, open(tree / "run.log", "wb") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the supervisor inherits it, and the run does not
+        streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()])
         subprocess.Popen(command, env=env, start_new_session=True, **streams)
 
 
@@ -1427,7 +1427,7 @@ def start_job(tree, run, command, sbatch):
 
 
 def supervise(tree, run_id):
-    """Run run.py to its end or its limit. Then write its number, whatever came after that, or else the problem."""
+    """Run run.py to its end or its limit. Then write its number, even if it failed after that, or the problem."""
     planned, report_file = read_run(tree), (tree / f"run.{run_id}.report").resolve()
     env = os.environ | dict(SEED=str(planned["row"].seed), AUTORESEARCH_REPORT=str(report_file))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -1587,8 +1587,8 @@ def discard():
     """Take back what the last wave of ideas has kept. Returns what to print. Raises PrepareError if that is nothing."""
     with open_night() as night:
         ideas = [row for row in night.rows if not is_check(row)]
-        kept = [row for row in ideas if row.wave == ideas[-1].wave and row.commit == night.head != night.base]
-        if not kept or any(idea_commits(tree, night) for tree in (".", *night.trees)):
+        kept = [row for row in ideas if row.wave == ideas[-1].wave and row.commit == night.head]
+        if not kept or night.head == night.base or any(idea_commits(tree, night) for tree in (".", *night.trees)):
             raise PrepareError("only a keep of the last wave can be taken back, before the next idea is committed")
         write_table([row._replace(status="discard") if row in kept else row for row in read_table()])
     with open_night() as night:
