@@ -73,7 +73,7 @@ SPECIAL_TOKENS = ["<|bos|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>
 TOKENIZER_CHARS = 100_000_000  # text that the tokenizer learns from; twice as much compresses no better
 TOKENIZER_DOC_CHARS = 10_000  # of one document, so that no long document dominates
 
-DOCUMENT_CHARS = 4_000  # a longer document is cut into pieces (not in climbmix): a row drops what it has no room for
+DOCUMENT_CHARS = 4_000  # a longer document is cut into pieces (not in climbmix): what a row can't hold would be lost
 VAL_FRACTION = 0.05  # share of the text that is validation, unless files are named as VAL_NAME says
 MIN_VAL_ROWS = 16  # fewer validation rows say nothing
 MOST_REPEATED = 0.5  # share of the validation documents that may be training documents too
@@ -147,10 +147,12 @@ def cache_lock(cache):
 
 
 def is_locked(path):
-    with open(path, "ab") as f, contextlib.suppress(BlockingIOError):
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    return True
+    with open(path, "ab") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def load_manifest(cache):
@@ -175,7 +177,7 @@ def seal(paths):
 def open_cache(folder):
     """The manifest, and what it names: "tokenizer", and "train" and "val", the tokens (memory-mapped, uint16).
 
-    Opened once in a process: from then on no other prepare.py can take it away. Raises PrepareError for damage."""
+    Opened once in a process: it stays readable if another prepare.py deletes it. Raises PrepareError for damage."""
     manifest = load_manifest(folder)
     paths = manifest["files"]
     if seal(paths) != manifest["seal"]:
@@ -310,7 +312,7 @@ def read_table_file(path, kind):
     header = next(read_lines(path), "")
     separator = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
     delimiter = separator if separator in header else "\x1f"  # a single column: commas are text
-    width = header.count(delimiter) or -1  # delimiters in a row, or -1, which no line has
+    width = header.count(delimiter) or -1  # delimiters in a row; -1 matches none
 
     def rows(quoting):
         for row in csv.DictReader(read_lines(path), delimiter=delimiter, quoting=quoting, strict=True):
@@ -580,7 +582,7 @@ def bfloat16_works(device):
 
 def check_gpu(device, scale, training):
     """Raises PrepareError if a run of this scale can't use the GPU of this machine. If PyTorch sees none where one is
-    expected, that ends a training. Otherwise it is a note: a login node has no GPU."""
+    expected, a training ends; a preparation says so and goes on: a login node has no GPU."""
     driver = os.path.exists("/proc/driver/nvidia") or os.path.exists("/dev/dxg")  # NVIDIA's, the second in WSL2
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -613,12 +615,12 @@ def device_name():
 class Clock:
     """The time that a model has to learn in, from the first batch of make_dataloader to the beginning of evaluation.
 
-    After another batch, or another evaluation, the time between counts too. What a run computes before its first batch
-    is not seen. `val_bpb` is the number of the last evaluation, None before it and if it failed."""
+    If training or evaluation goes on, the time between counts too. What a run computes before its first batch is not
+    seen. `val_bpb` is the number of the last evaluation, None before it and if it failed."""
 
     def __init__(self):
         self.started = self.stopped = self.val_bpb = None
-        self.val_seen = self.val_seen_too_early = False  # was validation text handed out; already before evaluation?
+        self.val_seen = self.val_seen_too_early = False  # validation text was handed out; before an evaluation began
         self.step_ends, self.batch_since = [0.0], False  # seconds() at the last ends of steps; a batch came since then?
 
     def start(self):
@@ -686,12 +688,12 @@ def pack_rows(tokens, T, forever):
         row, room = [], T + 1
         while room:
             while len(buffer) < BUFFER_DOCS and (more := list(islice(stream, REFILL_DOCS))):
-                buffer = sorted(buffer + more)  # by length, then by age
+                buffer = sorted(buffer + more)  # (length, epoch, start): by length, then by age
             if not buffer:
                 return
-            fitting = bisect_left(buffer, (room + 1,))  # the documents before it fit: (n,) sorts before (n, …)
-            wanted = buffer[max(fitting - 1, 0)][0]  # the longest that fits, else the shortest, which is cropped
-            length, its_epoch, start = buffer.pop(bisect_left(buffer, (wanted,)))  # the oldest one of that length
+            n_fitting = bisect_left(buffer, (room + 1,))  # (n,) sorts before every (n, …)
+            length = buffer[max(n_fitting - 1, 0)][0]  # of the longest that fits, else of the shortest
+            _, its_epoch, start = buffer.pop(bisect_left(buffer, (length,)))  # the oldest one of that length
             row.append((start, min(length, room)))
             room, epoch = max(room - length, 0), max(epoch, its_epoch)
         yield row, epoch
@@ -730,7 +732,7 @@ def make_dataloader(tokenizer, B, T, split, device=None):
     def hand_out():
         for batch in batches(tokens, B, T, torch.device(device or get_device())):
             clock.val_seen |= split == "val"
-            if split == "train" or clock.started is None:  # else it is read after the training
+            if split == "train" or clock.started is None:  # validation text starts the clock, but continues it never
                 clock.start()
             yield batch
 
@@ -849,8 +851,7 @@ def evaluate_bpb(model, tokenizer, batch_size, device=None):
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()  # what is still being computed is training
     clock.begin_evaluation()
-    report_file = os.environ.get("AUTORESEARCH_REPORT")  # in a night
-    if report_file:
+    if report_file := os.environ.get("AUTORESEARCH_REPORT"):  # in a night
         Path(report_file).unlink(missing_ok=True)  # what an earlier evaluation left
     if violation := clock.violation():
         if report_file:
@@ -898,7 +899,7 @@ def score_rows(model, tokens, rows, T, token_bytes, batch_size, device):
         if start in checked:
             row_ids = sorted(rng.sample(range(batch_size), rows_checked))
             logits = logits[row_ids]  # a list copies: the model may reuse its output's memory
-            check_causality(model, x, row_ids, logits, V, rng)
+            check_causality(model, x, row_ids, logits, rng)
         del logits  # before the next ones exist: two of them take more memory than training
     nats, total_bytes = sums.tolist()
     if not math.isfinite(nats):
@@ -930,17 +931,17 @@ def checked_logits(model, x, V):
     return logits
 
 
-def check_causality(model, x, row_ids, ref_logits, V, rng):
+def check_causality(model, x, row_ids, ref_logits, rng):
     """Raise EvaluationError if logits depend on tokens that come after them, or on other rows of x (B, T). ref_logits
     (len(row_ids), T, V) is what model(x) gave for the rows `row_ids`.
 
     These rows are changed from a random position t on, the other rows wholly. The logits before t must stay."""
-    T = x.shape[1]
-    t = {i: rng.randrange(1, T) if T > 1 else 1 for i in row_ids}  # one token has none after it
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    noise = torch.randint(1, V, x.shape, generator=generator)
+    (B, T), V = x.shape, ref_logits.shape[-1]
+    t = [0] * B
     for i in row_ids:
-        noise[i, : t[i]] = 0
+        t[i] = rng.randrange(1, T) if T > 1 else 1  # one token has none after it
+    noise = torch.randint(1, V, x.shape, generator=torch.Generator().manual_seed(rng.getrandbits(63)))
+    noise[torch.arange(T) < torch.tensor(t)[:, None]] = 0
     changed = (x + noise.to(x.device)) % V  # differs from x where the noise is not 0
 
     def difference(tokens):
@@ -1111,7 +1112,7 @@ def main(argv=None):
 # An idea is a commit of train.py, made in a tree: the clone, or with several GPUs a worktree .waves/1, .waves/2, …
 # A wave is a run in each tree that has something to run. Its runs are planned (a Row without a number), begun (run.json
 # has this Row), ended (run.….end has the number or the problem) and judged together (the table has their Rows).
-# Nothing is planned while a run of this wave is begun. One that has not ended and that nothing supervises starts again.
+# Nothing is planned while a run of this wave is begun. A begun run without an end or a supervisor is started again.
 #
 #   results.tsv        the Rows of what was judged; branch, tags and worktrees follow from it
 #   TREE/run.json      by start(): the planned Row, an id, how often it was started, and its job of Slurm
@@ -1131,12 +1132,12 @@ PAUSE, BEAT = 10, 3  # seconds between two passes of the loop; between two looks
 def run_night(check, wait, sbatch):
     """Start, watch and judge runs for about `wait` seconds; sbatch: options for Slurm, or None. Returns what to print:
     its first word is `wait` (the same command again) or `idea` (commit the next one)."""
-    load_manifest(cache_dir())  # if nothing is prepared, this says so
     deadline = time.monotonic() + wait
     while True:
         with open_night() as night:
             runs = begun_runs(night)
             if not runs:
+                align_git(night)
                 plan = plan_runs(night, check)
                 if not plan:
                     return check_text(night) if check else idea_text(night)
@@ -1219,20 +1220,18 @@ class Night(NamedTuple):
 
 @contextlib.contextmanager
 def open_night():
-    """The Night of this branch, for one process at a time, with git in line. Raises PrepareError if it is none."""
+    """The Night of this branch, as the table has it, for one process at a time. Raises PrepareError if it is none."""
     with cache_lock(Path(git("rev-parse", "--git-common-dir"))):  # one for all worktrees
         branch = git("branch", "--show-current")
         if not branch.startswith("autoresearch/"):
             raise PrepareError(f"a night has a branch autoresearch/…, this is {branch or 'none'}: git switch to it")
-        waves = [path.parent for path in Path(".waves").glob("[0-9]*/.git")]
-        trees = sorted(waves, key=lambda tree: (len(tree.name), tree)) or [Path()]  # 10 after 9
+        worktrees = [path.parent for path in Path(".waves").glob("[0-9]*/.git")]
+        trees = sorted(worktrees, key=lambda tree: (len(tree.name), tree)) or [Path()]  # 10 after 9
         rows = [row for row in read_table() if row.branch == branch]
         kept = [row.commit for row in rows if row.status == "keep" and not is_check(row)]
         base, head = (kept[0], kept[-1]) if kept else (None, None)
         rejected = {row.commit for row in rows}.difference(kept)
-        night = Night(branch, trees, rows, base, head, rejected, 1 + max((row.wave for row in rows), default=0))
-        align_git(night)
-        yield night
+        yield Night(branch, trees, rows, base, head, rejected, 1 + max((row.wave for row in rows), default=0))
 
 
 def git(*arguments, tree=".", stdout=subprocess.PIPE):
@@ -1260,12 +1259,11 @@ def align_git(night):
     """Make git say what the table says: the clone's branch is base, kept ideas, head, then an idea without a row, if
     there is one. A human's commits of other files may lie anywhere between."""
     # 1. What is rejected has a tag
-    tags = git("tag", "--list", "tried/*").split()
-    for commit in night.rejected - {tag.removeprefix("tried/") for tag in tags}:
+    for commit in night.rejected.difference(git("tag", "--list", "--format=%(refname:lstrip=3)", "tried/*").split()):
         git("tag", "--no-sign", f"tried/{commit}", commit)
     if not night.head:
         return
-    # 2. It leaves the clone's branch: as its last commit, or from below commits of the human
+    # 2. The clone's branch loses it, also from below commits of a human
     if commit_of(".") in night.rejected:
         move(".", "HEAD~1")
     ideas = idea_commits(".", night)
@@ -1371,11 +1369,11 @@ def read_run(tree):
 
 def begun_runs(night):
     """{tree: what read_run() says} of this wave, and as "going" whether the run has a supervisor: a local one locks
-    run.lock, Slurm knows the job of another. It is asked twice for a job that it does not know. While it does not
+    run.lock, Slurm knows the job of another. Slurm is asked twice for a job that it does not know. While it does not
     answer, its jobs count as going."""
     runs, now = {tree: read_run(tree) for tree in night.trees}, (night.branch, night.wave)
     runs = {tree: run for tree, run in runs.items() if run["starts"] and (run["row"].branch, run["row"].wave) == now}
-    jobs, known = {run["slurm"] for run in runs.values() if not run["end"]} - {None}, set()
+    jobs, known = {run["slurm"] for run in runs.values() if run["slurm"] and not run["end"]}, set()
     for pause in (0, BEAT):
         if jobs - known:
             time.sleep(pause)
@@ -1395,11 +1393,11 @@ def start(tree, row, trees, sbatch, before=0):
     with open(tree / "run.py", "wb") as f:
         git("show", f"{row.commit}:./train.py", tree=tree, stdout=f)
     limit = load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
-    run = {"row": row, "id": str(time.time_ns()), "starts": before + 1, "limit": limit}
+    run = {"row": row, "id": str(time.time_ns()), "starts": before + 1}
     write_json(tree / f"run.{run['id']}.end", None)  # now: a network disk may hide a new name for a while
-    command = [sys.executable, __file__, "supervise", str(tree), run["id"]]
+    command = [sys.executable, __file__, "supervise", str(tree), run["id"], str(row.seed), str(limit)]
     if sbatch is not None:
-        return start_job(tree, run, command, sbatch)
+        return start_job(tree, run, command, [f"--time={limit // 60 + 5}", *sbatch])
     env = os.environ | own_gpu(tree, trees)
     write_json(tree / "run.json", run)
     with open(tree / "run.lock", "wb") as lock, open(tree / "run.log", "wb") as log:
@@ -1420,22 +1418,22 @@ def own_gpu(tree, trees):
 
 def start_job(tree, run, command, sbatch):
     write_json(tree / "run.json", {**run, "starts": 0})  # a job that Slurm refuses is not begun
-    options = ["--gres=gpu:1", f"--time={run['limit'] // 60 + 5}", "--no-requeue", f"--output={tree / 'run.log'}"]
+    options = ["--gres=gpu:1", "--no-requeue", f"--output={tree / 'run.log'}"]
     command = ["sbatch", "--parsable", *options, *sbatch, f"--wrap={shlex.join(command)}"]
     job = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     write_json(tree / "run.json", {**run, "slurm": job.strip().split(";")[0]})
 
 
-def supervise(tree, run_id):
+def supervise(tree, run_id, seed, limit):
     """Run run.py to its end or its limit. Then write its number, even if it failed after that, or the problem."""
-    planned, report_file = read_run(tree), (tree / f"run.{run_id}.report").resolve()
-    env = os.environ | dict(SEED=str(planned["row"].seed), AUTORESEARCH_REPORT=str(report_file))
+    report_file = (tree / f"run.{run_id}.report").resolve()
+    env = os.environ | dict(SEED=seed, AUTORESEARCH_REPORT=str(report_file))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     popen = partial(subprocess.Popen, start_new_session=True)  # a process group of its own
     run = popen([sys.executable, "-u", "-Xfaulthandler", "run.py"], cwd=tree, env=env, stdin=subprocess.DEVNULL)
     # If this process dies, however it does, the pipe closes. Then the shell kills the run and its children
     killer = popen(["sh", "-c", f"read line; kill -9 -{run.pid}"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + planned["limit"]
+    deadline = time.monotonic() + limit
     while run.poll() is None and time.monotonic() < deadline:
         if read_run(tree)["id"] != run_id:
             sys.exit("this run ends, as another one was started here")
@@ -1443,7 +1441,7 @@ def supervise(tree, run_id):
             run.wait(BEAT)
     hangs = run.poll() is None
     if hangs:
-        problem = f"hang: no end after {planned['limit']} s"
+        problem = f"hang: no end after {limit} s"
         run.send_signal(signal.SIGABRT)  # Python prints where it hangs
         time.sleep(BEAT)
     else:
@@ -1515,21 +1513,16 @@ def next_bar(rows):
 
 
 def record(night, runs):
-    """Write the rows of a wave that has ended: of the ideas below their bar the best is kept. Another harness, or a
-    baseline without a number, has no row but a PrepareError, and starts anew. The next call records the others."""
+    """Write the rows of a wave that has ended: of the ideas below their bar the best is kept. Raises PrepareError for a
+    run that gives no row: the next call starts it anew, after it has written the rows of the others."""
     names = [row.harness for row in night.rows] + [run["end"].get("harness") for run in runs.values()]
-    first, void = next(filter(None, names), None), {}
+    harness, bar, new = next(filter(None, names), None), next_bar(night.rows), []
     for tree, run in runs.items():
-        if (name := run["end"].get("harness", first)) != first:  # a crash has none
-            why = "undo what has changed in prepare.py, PyTorch, the device or the prepared text"
-            void[tree] = f"the harness is {name}, that of the baseline {first}: {why}"
-        if run["row"].status == "baseline" and run["end"]["problems"]:
-            void[tree] = f"the baseline has no number ({run['end']['problems'][0]})"
-    if void:
-        for tree in void:
+        try:
+            new.append(judged_row(run["row"], run["end"], harness))
+        except PrepareError:
             (tree / "run.json").unlink()
-        raise PrepareError(f"{next(iter(void.values()))}. The same command starts it anew")
-    bar, new = next_bar(night.rows), [judged_row(run["row"], run["end"]) for run in runs.values()]
+            raise
     below = [row for row in new if row.status == "discard" and row.val_bpb < bar.of(row)]
     best = min(below, key=lambda row: row.val_bpb, default=None)
     for i, row in enumerate(new):
@@ -1539,11 +1532,17 @@ def record(night, runs):
     write_table(read_table() + new)
 
 
-def judged_row(row, end):
-    """The Row of a run that has ended. An idea is "discard", as long as record() does not keep it."""
+def judged_row(row, end, harness):
+    """The Row of a run that has ended, an idea as "discard". Raises PrepareError for a baseline without a number and
+    for another harness than that of the baseline."""
     row = row._replace(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    if end["problems"] and row.status == "baseline":
+        raise PrepareError(f"the baseline has no number ({end['problems'][0]}). The same command starts it anew")
     if end["problems"]:
         return row._replace(status="crash", description=f"{row.description}: {one_line(end['problems'][0])}")
+    if end["harness"] != harness:
+        why = "undo what has changed in prepare.py, PyTorch, the device or the prepared text, then the same command"
+        raise PrepareError(f"the harness is {end['harness']}, that of the baseline {harness}: {why} starts it anew")
     text = f", {end['num_steps']} steps" if "num_steps" in end else ""
     text += ", did not end by itself" if end["hangs"] else ""
     numbers = dict(val_bpb=float(end["val_bpb"]), memory_gb=float(end["memory_gb"]), harness=end["harness"])
@@ -1586,12 +1585,14 @@ def check_text(night):
 def discard():
     """Take back what the last wave of ideas has kept. Returns what to print. Raises PrepareError if that is nothing."""
     with open_night() as night:
+        align_git(night)
         ideas = [row for row in night.rows if not is_check(row)]
         kept = [row for row in ideas if row.wave == ideas[-1].wave and row.commit == night.head]
         if not kept or night.head == night.base or any(idea_commits(tree, night) for tree in (".", *night.trees)):
             raise PrepareError("only a keep of the last wave can be taken back, before the next idea is committed")
         write_table([row._replace(status="discard") if row in kept else row for row in read_table()])
     with open_night() as night:
+        align_git(night)
         return idea_text(night)
 
 
@@ -1602,7 +1603,7 @@ def night_command(argv):
     here = Path(__file__).resolve().parent  # the same from every folder
     os.chdir(here.parent.parent if here.parent.name == ".waves" else here)
     if argv[0] == "supervise":
-        supervise(Path(argv[1]), argv[2])
+        supervise(Path(argv[1]), argv[2], seed=argv[3], limit=int(argv[4]))
         return 0
     parser = argparse.ArgumentParser("prepare.py", description="A night of research: see program.md")
     parser.add_argument("command", choices=["run", "discard"])
