@@ -1110,12 +1110,12 @@ def main(argv=None):
 # -----------------------------------------------------------------------------
 # Night: the loop. The table first; git follows from it, the plan from both, and the same loop after any interruption.
 # An idea is a commit of train.py, made in a tree: the clone, or with several GPUs a worktree .waves/1, .waves/2, …
-# A wave is a run in each tree that has something to run. Its runs are planned (a Row without a number), begun (run.json
-# has this Row), ended (run.….end has the number or the problem) and judged together (the table has their Rows).
-# Nothing is planned while a run of this wave is begun. A begun run without an end or a supervisor is started again.
+# A wave is a run in each tree that has something to run. Its runs are planned together (run.json has a Row without a
+# number), started, ended (run.ID.end has the number or the problem), and judged together (the table has their Rows).
+# Nothing else is planned meanwhile. A planned run that has no end and no supervisor is started, once more if need be.
 #
 #   results.tsv        the Rows of what was judged; branch, tags and worktrees follow from it
-#   TREE/run.json      by start(): the planned Row, an id, how often it was started, and its job of Slurm
+#   TREE/run.json      the planned Row; of the last start its id, how many there were, and the job of Slurm
 #   TREE/run.py, .log  the train.py of its commit, and what it prints; run.lock: locked while a local supervisor lives
 #   TREE/run.ID.end    null by start(), at the end {problems, hangs, and with a number val_bpb, memory_gb, harness, …}
 
@@ -1135,14 +1135,14 @@ def run_night(check, wait, sbatch):
     deadline = time.monotonic() + wait
     while True:
         with open_night() as night:
-            runs = begun_runs(night)
+            runs = planned_runs(night)
             if not runs:
                 align_git(night)
                 plan = plan_runs(night, check)
                 if not plan:
                     return check_text(night) if check else idea_text(night)
                 for tree, row in plan.items():
-                    start(tree, row, night.trees, sbatch)
+                    write_json(tree / "run.json", {"row": row})
                 continue
             left = [tree for tree, run in runs.items() if not run["end"]]
             if not left:
@@ -1150,7 +1150,7 @@ def run_night(check, wait, sbatch):
                 continue
             for tree in left:
                 if not runs[tree]["going"]:
-                    start(tree, runs[tree]["row"], night.trees, sbatch, before=runs[tree]["starts"])
+                    start(tree, runs[tree], night.trees, sbatch)
         if time.monotonic() >= deadline:
             return f"wait: {len(left)} of {len(runs)} runs, start {read_run(left[0])['starts']}: {last_words(left[0])}"
         until = min(deadline, time.monotonic() + PAUSE)
@@ -1358,7 +1358,7 @@ ERROR = re.compile(r"Fatal Python error|train\.py: error|[\w.]*(Error|Exception|
 
 
 def read_run(tree):
-    """What start() wrote into a tree, and as "end" what supervise() left of that run: None if it has not ended."""
+    """run.json of a tree, and as "end" what supervise() left of that run: None if it has not ended."""
     run = {"row": None, "id": None, "starts": 0, "slurm": None, "end": None}
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         facts = json.loads((tree / "run.json").read_bytes())
@@ -1367,12 +1367,12 @@ def read_run(tree):
     return run
 
 
-def begun_runs(night):
+def planned_runs(night):
     """{tree: what read_run() says} of this wave, and as "going" whether the run has a supervisor: a local one locks
     run.lock, Slurm knows the job of another. Slurm is asked twice for a job that it does not know. While it does not
     answer, its jobs count as going."""
     runs, now = {tree: read_run(tree) for tree in night.trees}, (night.branch, night.wave)
-    runs = {tree: run for tree, run in runs.items() if run["starts"] and (run["row"].branch, run["row"].wave) == now}
+    runs = {tree: run for tree, run in runs.items() if run["row"] and (run["row"].branch, run["row"].wave) == now}
     jobs, known = {run["slurm"] for run in runs.values() if run["slurm"] and not run["end"]}, set()
     for pause in (0, BEAT):
         if jobs - known:
@@ -1383,19 +1383,19 @@ def begun_runs(night):
     return {tree: {**read_run(tree), "going": going[tree]} for tree in runs}  # its end may have come since
 
 
-def start(tree, row, trees, sbatch, before=0):
-    """Start a run in the background, as a process or as a job of Slurm. before: how often it was started before."""
-    if before == STARTS:
+def start(tree, run, trees, sbatch):
+    """Start a planned run in the background, as a process or as a job of Slurm. run: what read_run() says."""
+    if run["starts"] == STARTS:
         text = f"its supervisor was ended {STARTS} times (by your shell? Then `--wait 900`): {last_words(tree)}"
-        return write_json(tree / f"run.{read_run(tree)['id']}.end", {"problems": [text]})
+        return write_json(tree / f"run.{run['id']}.end", {"problems": [text]})
     for file in (tree / "run.log", tree / "run.lock", *tree.glob("run.[0-9]*")):
         file.unlink(missing_ok=True)  # processes of an earlier run may still write there
     with open(tree / "run.py", "wb") as f:
-        git("show", f"{row.commit}:./train.py", tree=tree, stdout=f)
+        git("show", f"{run['row'].commit}:./train.py", tree=tree, stdout=f)
     limit = load_manifest(cache_dir())["constants"]["TIME_BUDGET"] + GRACE
-    run = {"row": row, "id": str(time.time_ns()), "starts": before + 1}
+    run = {"row": run["row"], "id": str(time.time_ns()), "starts": run["starts"] + 1}
     write_json(tree / f"run.{run['id']}.end", None)  # now: a network disk may hide a new name for a while
-    command = [sys.executable, __file__, "supervise", str(tree), run["id"], str(row.seed), str(limit)]
+    command = [sys.executable, __file__, "supervise", str(tree), run["id"], str(run["row"].seed), str(limit)]
     if sbatch is not None:
         return start_job(tree, run, command, [f"--time={limit // 60 + 5}", *sbatch])
     env = os.environ | own_gpu(tree, trees)
@@ -1417,7 +1417,7 @@ def own_gpu(tree, trees):
 
 
 def start_job(tree, run, command, sbatch):
-    write_json(tree / "run.json", {**run, "starts": 0})  # a job that Slurm refuses is not begun
+    write_json(tree / "run.json", {**run, "starts": run["starts"] - 1})  # a job that Slurm refuses is no start
     options = ["--gres=gpu:1", "--no-requeue", f"--output={tree / 'run.log'}"]
     command = ["sbatch", "--parsable", *options, *sbatch, f"--wrap={shlex.join(command)}"]
     job = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -424,12 +424,12 @@ def test_a_table_or_a_run_of_another_kind(night):
 def test_what_is_refused_names_what_mends_it(night):
     base = night.head()
     commit = night.commit(0.9, "another cache", "report |= dict(harness='ba9876543210')")
-    for starts in (1, 2):
-        assert "the harness is ba9876543210, that of the baseline 0123456789ab: undo" in night.run()
-        assert len(night.starts(commit)) == starts and len(night.rows()) == 3
     (night.folder / "git").symlink_to(shutil.which("git"))
     path = f"{night.env['PATH'].split(':')[0]}:{night.folder}"  # has no Slurm: the cache is not to blame
     assert re.search("'sbatch': fix that, run it again", night.run(f"PATH={path} {RUN} --sbatch --mem=1"))
+    for starts in (1, 2):
+        assert "the harness is ba9876543210, that of the baseline 0123456789ab: undo" in night.run()
+        assert len(night.starts(commit)) == starts and len(night.rows()) == 3
     night.sh("git reset -q --hard HEAD~1 && echo >> README.md")
     night.edit(0.9)
     night.sh("git commit -qam 'another file too'")

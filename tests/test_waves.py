@@ -230,6 +230,16 @@ def test_a_worktree_without_a_gpu_is_refused(monkeypatch):
         prepare.own_gpu(trees[1], trees)
 
 
+def test_a_run_without_a_row_does_not_take_those_of_the_others(tmp_path, session_cache):
+    night = Night(tmp_path, 2, session_cache)
+    night.edit(1.0, "assert seed != 1 or os.path.exists('../../go')")
+    night.sh("git commit -qam base && for i in 1 2; do git -C .waves/$i switch -q --detach autoresearch/t; done")
+    assert all("the baseline has no number (AssertionError" in night.run() for _ in range(3))
+    assert [row[5:7] for row in night.rows()] == [["0", "1"], ["2", "2"]]
+    (night.folder / "go").touch()
+    assert night.run().startswith("idea: ") and [row[5] for row in night.rows()] == ["0", "2", "3", "1", "4"]
+
+
 def test_slips_of_the_agent(tmp_path, session_cache):
     night = Night(tmp_path, 2, session_cache)
     night.idea(2, 0.6)  # before the baseline: it waits
