@@ -332,10 +332,6 @@ def test_source_in_another_encoding_is_read_all_the_same(tmp_path):
     assert list(corpus.documents("train")) == ["name = 'na\ufffdve'\n"]
 
 
-# -----------------------------------------------------------------------------
-# Tokenizer
-
-
 TEXTS = ["", "naïve — 日本語 🦆", "\0 and \x7f", "<|bos|> spelled out", "a\r\n\tb  c\n\n\n", "12345", "e\u0301"]
 
 
