@@ -1132,6 +1132,7 @@ PAUSE, BEAT = 10, 3  # seconds between two passes of the loop; between two looks
 def run_night(check, wait, sbatch):
     """Start, watch and judge runs for about `wait` seconds; sbatch: options for Slurm, or None. Returns what to print:
     its first word is `wait` (the same command again) or `idea` (commit the next one)."""
+    load_manifest(cache_dir())  # if nothing is prepared, this says so, and nothing is planned
     deadline = time.monotonic() + wait
     while True:
         with open_night() as night:
@@ -1368,9 +1369,8 @@ def read_run(tree):
 
 
 def planned_runs(night):
-    """{tree: what read_run() says} of this wave, and as "going" whether the run has a supervisor: a local one locks
-    run.lock, Slurm knows the job of another. Slurm is asked twice for a job that it does not know. While it does not
-    answer, its jobs count as going."""
+    """{tree: what read_run() says} of this wave. "going": has it a supervisor? A local one locks run.lock, Slurm knows
+    the job of another. It is asked twice for a job that it does not know. While it does not answer, all are going."""
     runs, now = {tree: read_run(tree) for tree in night.trees}, (night.branch, night.wave)
     runs = {tree: run for tree, run in runs.items() if run["row"] and (run["row"].branch, run["row"].wave) == now}
     jobs, known = {run["slurm"] for run in runs.values() if run["slurm"] and not run["end"]}, set()
