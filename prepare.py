@@ -90,8 +90,12 @@ class EvaluationError(Exception):
 
 
 def one_line(text):
-    """At most 120 printable characters: a message must not flood the agent that reads it."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())[:120]
+    """At most 160 printable characters: a message must not flood the agent that reads it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())[:160]
+
+
+def show(what, text):
+    print(f"{what:<10} {text}", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -778,17 +782,16 @@ def start_run():
     """Begin a run: check and open the cache, set all seeds. Returns the device. Raises PrepareError."""
     device, scale = get_device(), constants()["SCALE"]  # all is open now: another prepare.py can't take it away
     check_gpu(device, scale, training=True)
-    set_seeds()
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # the last one on every device
+        set_seed(get_seed())
     return device
 
 
-def set_seeds():
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # the last one on every device
-        set_seed(get_seed())
-
-
 if __name__ != "__main__" and "AUTORESEARCH_REPORT" in os.environ:
-    set_seeds()  # in a night also for a train.py that does not call start_run()
+    try:
+        start_run()  # in a night also for a train.py that does not call it
+    except PrepareError as error:
+        sys.exit(f"prepare.py: error: {error}")  # a fault of the machine is not the idea's: judged_row()
 
 
 def facts_of_run():
@@ -980,10 +983,6 @@ def prepare(args):
         show("ready", f"scale {args.scale}: rows of {args.seq_len:,} tokens, {args.time_budget} s a run, {scored}")
         show("", f"in {cache}, harness {fingerprint()}, after {time.monotonic() - started:.1f} s")
         show("next", "uv run train.py")
-
-
-def show(what, text):
-    print(f"{what:<10} {text}", flush=True)
 
 
 def open_corpus(args, cache):
@@ -1215,8 +1214,7 @@ class Night(NamedTuple):
 
     def planned_row(self, kind, commit, seed, description=""):
         """A Row before its run. Until record() decides, the status is its kind: baseline, check or idea."""
-        description = description or f"{kind}, seed {seed}"
-        return Row(commit, 0.0, 0.0, kind, description, seed, self.wave, "", self.branch, "")
+        return Row(commit, 0.0, 0.0, kind, description or f"{kind}, seed {seed}", seed, self.wave, "", self.branch, "")
 
 
 @contextlib.contextmanager
@@ -1355,7 +1353,7 @@ def shape_fix(tree, found, night):
 # -----------------------------------------------------------------------------
 # Night: the runs
 
-ERROR = re.compile(r"Fatal Python error|train\.py: error|[\w.]*(Error|Exception|Interrupt)\b")
+ERROR = re.compile(r"Fatal Python error|\w+\.py: error|[\w.]*(Error|Exception|Interrupt)\b")
 
 
 def read_run(tree):
@@ -1533,16 +1531,17 @@ def record(night, runs):
 
 
 def judged_row(row, end, harness):
-    """The Row of a run that has ended, an idea as "discard". Raises PrepareError for a baseline without a number and
-    for another harness than that of the baseline."""
+    """The Row of a run that has ended, an idea as "discard". Raises PrepareError for a baseline without a number, for
+    a fault of the machine that start_run() found, and for another harness than the baseline's."""
     row = row._replace(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-    if end["problems"] and row.status == "baseline":
-        raise PrepareError(f"the baseline has no number ({end['problems'][0]}). The same command starts it anew")
-    if end["problems"]:
-        return row._replace(status="crash", description=f"{row.description}: {one_line(end['problems'][0])}")
+    problem = one_line(end["problems"][0]) if end["problems"] else ""
+    if problem and (row.status == "baseline" or problem.startswith("prepare.py: error")):
+        raise PrepareError(f"the {row.status} has no number ({problem}). The same command starts it anew")
+    if problem:
+        return row._replace(status="crash", description=f"{row.description}: {problem}")
     if end["harness"] != harness:
-        why = "undo what has changed in prepare.py, PyTorch, the device or the prepared text, then the same command"
-        raise PrepareError(f"the harness is {end['harness']}, that of the baseline {harness}: {why} starts it anew")
+        why = "undo what has changed in prepare.py, PyTorch, the device or the prepared text, or begin a new branch"
+        raise PrepareError(f"the harness is {end['harness']}, that of the baseline {harness}: {why}")
     text = f", {end['num_steps']} steps" if "num_steps" in end else ""
     text += ", did not end by itself" if end["hangs"] else ""
     numbers = dict(val_bpb=float(end["val_bpb"]), memory_gb=float(end["memory_gb"]), harness=end["harness"])

@@ -57,10 +57,6 @@ def jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-# -----------------------------------------------------------------------------
-# What is refused
-
-
 @pytest.mark.parametrize(
     ("option", "named"),
     [
@@ -134,10 +130,6 @@ def test_a_corpus_that_cannot_be_used_is_one_line(own_cache, tmp_path, capsys, f
         assert all(words in error for words in named), error
     with pytest.raises(prepare.PrepareError):
         prepare.open_cache(own_cache)
-
-
-# -----------------------------------------------------------------------------
-# Corpora
 
 
 def test_every_kind_of_file_is_read_in_name_order(tokenizer):

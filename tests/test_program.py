@@ -444,6 +444,11 @@ def test_what_is_refused_names_what_mends_it(night):
     night.mend(SHAPE)
     assert night.run().startswith("idea: ") and night.rows()[-1][1:4:2] == ["1.303000", "discard"]
     assert base in night.sh("git log --format=%h") and "invalid choice" in night.run(f"{RUN} twice")
+    # A fault of the machine is not the idea's
+    night.commit(0.5, "idea", "if not os.path.exists('go'): raise SystemExit('prepare.py: error: no GPU')")
+    assert all("the idea has no number (prepare.py: error: no GPU)" in night.run() for _ in range(2))
+    (night.folder / "go").touch()
+    assert night.run().startswith("idea: ") and night.rows()[-1][3:5] == ["keep", "idea, 9 steps"]
 
 
 def test_a_baseline_has_three_numbers_and_stays_where_it_was_begun(clone):

@@ -192,6 +192,8 @@ def test_an_older_train_py_works_unchanged_and_is_told_that_its_time_ran_over(tm
 
 def test_evaluation_leaves_the_number_for_the_harness(session_cache, tmp_path):
     environment = dict(SEED="5", AUTORESEARCH_REPORT="report.json")
+    done = run_older(tmp_path, session_cache, "time_is_up", **environment | {"DEVICE": "tpu"})  # the machine's fault
+    assert done.returncode == 1 and re.fullmatch("prepare.py: error: DEVICE='tpu' is not on .*\n", done.stderr)
     done = run_older(tmp_path, session_cache, "not clock.time_is_up()", *AFTERWARDS, **environment)
     errors = re.findall(r"^(\w+Error): (.*)", done.stdout, re.M)
     assert [name for name, _ in errors] == ["PrepareError", "EvaluationError", "EvaluationError"], done.stderr
