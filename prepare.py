@@ -790,8 +790,8 @@ def start_run():
 if __name__ != "__main__" and "AUTORESEARCH_REPORT" in os.environ:
     try:
         start_run()  # in a night also for a train.py that does not call it
-    except PrepareError as error:
-        sys.exit(f"prepare.py: error: {error}")  # a fault of the machine is not the idea's: judged_row()
+    except Exception as error:  # also CUDA's: a fault of the machine is not the idea's, says judged_row()
+        sys.exit(f"prepare.py: error: {one_line(str(error))}")
 
 
 def facts_of_run():
@@ -1142,6 +1142,7 @@ def run_night(check, wait, sbatch):
                 if not plan:
                     return check_text(night) if check else idea_text(night)
                 for tree, row in plan.items():
+                    commit_of(tree, f"{row.commit}:./train.py")  # if it has none, git says so, and nothing is planned
                     write_json(tree / "run.json", {"row": row})
                 continue
             left = [tree for tree, run in runs.items() if not run["end"]]
@@ -1437,8 +1438,7 @@ def supervise(tree, run_id, seed, limit):
             sys.exit("this run ends, as another one was started here")
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(BEAT)
-    hangs = run.poll() is None
-    if hangs:
+    if hangs := run.poll() is None:
         problem = f"hang: no end after {limit} s"
         run.send_signal(signal.SIGABRT)  # Python prints where it hangs
         time.sleep(BEAT)
@@ -1456,7 +1456,7 @@ def last_words(tree, status=0):
     log = tree / "run.log"
     with open(log, "rb") if log.exists() else io.BytesIO() as f:
         f.seek(max(0, f.seek(0, os.SEEK_END) - 20_000))
-        lines = [line for line in f.read().decode(errors="replace").splitlines() if line.strip()] or ["no output"]
+        lines = [line for line in f.read().decode(errors="replace").splitlines() if one_line(line)] or ["no output"]
     errors = [line for line in lines if ERROR.match(line)] if status else []
     killed = f"killed by {signal.Signals(-status).name}: " if status < 0 and not errors else ""
     return one_line(killed + (errors or lines)[-1])
@@ -1536,7 +1536,7 @@ def judged_row(row, end, harness):
     row = row._replace(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     problem = one_line(end["problems"][0]) if end["problems"] else ""
     if problem and (row.status == "baseline" or problem.startswith("prepare.py: error")):
-        raise PrepareError(f"the {row.status} has no number ({problem}). The same command starts it anew")
+        raise PrepareError(f"the {row.status} has no number ({problem}): mend that, run again, or begin a new branch")
     if problem:
         return row._replace(status="crash", description=f"{row.description}: {problem}")
     if end["harness"] != harness:
