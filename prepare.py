@@ -1111,7 +1111,7 @@ def main(argv=None):
 # An idea is a commit of train.py, made in a tree: the clone, or with several GPUs a worktree .waves/1, .waves/2, …
 # A wave is a run in each tree that has something to run. Its runs are planned together (run.json has a Row without a
 # number), started, ended (run.ID.end has the number or the problem), and judged together (the table has their Rows).
-# Nothing else is planned meanwhile. A planned run that has no end and no supervisor is started, once more if need be.
+# Once one has started, nothing else is planned. A planned run without an end or a supervisor is started, also again.
 #
 #   results.tsv        the Rows of what was judged; branch, tags and worktrees follow from it
 #   TREE/run.json      the planned Row; of the last start its id, how many there were, and the job of Slurm
@@ -1131,20 +1131,18 @@ PAUSE, BEAT = 10, 3  # seconds between two passes of the loop; between two looks
 def run_night(check, wait, sbatch):
     """Start, watch and judge runs for about `wait` seconds; sbatch: options for Slurm, or None. Returns what to print:
     its first word is `wait` (the same command again) or `idea` (commit the next one)."""
-    load_manifest(cache_dir())  # if nothing is prepared, this says so, and nothing is planned
     deadline = time.monotonic() + wait
     while True:
         with open_night() as night:
             runs = planned_runs(night)
-            if not runs:
+            if not any(run["starts"] for run in runs.values()):
                 align_git(night)
                 plan = plan_runs(night, check)
                 if not plan:
                     return check_text(night) if check else idea_text(night)
-                for tree, row in plan.items():
-                    commit_of(tree, f"{row.commit}:./train.py")  # if it has none, git says so, and nothing is planned
-                    write_json(tree / "run.json", {"row": row})
-                continue
+                for tree in (Path(), *night.trees):
+                    write_json(tree / "run.json", {"row": plan.get(tree)})
+                runs = planned_runs(night)
             left = [tree for tree, run in runs.items() if not run["end"]]
             if not left:
                 record(night, runs)
@@ -1224,9 +1222,10 @@ def open_night():
     with cache_lock(Path(git("rev-parse", "--git-common-dir"))):  # one for all worktrees
         branch = git("branch", "--show-current")
         if not branch.startswith("autoresearch/"):
-            raise PrepareError(f"a night has a branch autoresearch/…, this is {branch or 'none'}: git switch to it")
-        worktrees = [path.parent for path in Path(".waves").glob("[0-9]*/.git")]
-        trees = sorted(worktrees, key=lambda tree: (len(tree.name), tree)) or [Path()]  # 10 after 9
+            here = branch or "none, or an open rebase, which `git rebase --abort` ends"
+            raise PrepareError(f"a night has a branch autoresearch/…, this is {here}: git switch to it")
+        trees = [path.parent for path in Path(".waves").glob("[0-9]*/.git")] or [Path()]
+        trees.sort(key=lambda tree: (len(tree.name), tree))  # 10 after 9
         rows = [row for row in read_table() if row.branch == branch]
         kept = [row.commit for row in rows if row.status == "keep" and not is_check(row)]
         base, head = (kept[0], kept[-1]) if kept else (None, None)
@@ -1264,7 +1263,7 @@ def align_git(night):
     if not night.head:
         return
     # 2. The clone's branch loses it, also from below commits of a human
-    if commit_of(".") in night.rejected:
+    if (tip := commit_of(".")) in night.rejected:
         move(".", "HEAD~1")
     ideas = idea_commits(".", night)
     if not night.rejected.issuperset(ideas):
@@ -1278,7 +1277,7 @@ def align_git(night):
         git("merge", "-q", "--no-edit", "--ff", night.head)
     # 4. The trees follow the branch
     for tree in night.trees:
-        if night.rejected.issuperset(idea_commits(tree, night)):
+        if commit_of(tree) == tip or night.rejected.issuperset(idea_commits(tree, night)):
             move(tree, commit_of("."))
 
 
@@ -1330,6 +1329,7 @@ def plan_ideas(night):
     for tree in sorted({Path(), *night.trees}):
         found = idea_commits(tree, night)
         if found and found[0] not in [row.commit for row in plan.values()]:
+            git("update-ref", f"refs/ideas/{found[0]}", found[0])  # no idea is lost, whatever becomes of its tree
             if fix := shape_fix(tree, found, night):
                 what = f"an idea is one commit on top of {night.head} that changes only train.py"
                 raise PrepareError(f"{found[0]}: {what}: {fix}")
@@ -1370,7 +1370,7 @@ def read_run(tree):
 def planned_runs(night):
     """{tree: what read_run() says} of this wave. "going": has it a supervisor? A local one locks run.lock, Slurm knows
     the job of another. It is asked twice for a job that it does not know. While it does not answer, all are going."""
-    runs, now = {tree: read_run(tree) for tree in night.trees}, (night.branch, night.wave)
+    runs, now = {tree: read_run(tree) for tree in (Path(), *night.trees)}, (night.branch, night.wave)
     runs = {tree: run for tree, run in runs.items() if run["row"] and (run["row"].branch, run["row"].wave) == now}
     jobs, known = {run["slurm"] for run in runs.values() if run["slurm"] and not run["end"]}, set()
     for pause in (0, BEAT):
@@ -1408,7 +1408,7 @@ def start(tree, run, trees, sbatch):
 def own_gpu(tree, trees):
     """{"CUDA_VISIBLE_DEVICES": the GPU of a worktree}; {} for the clone, and where all GPUs are hidden."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(trees))))).split(",")
-    if trees == [Path()] or gpus == [""]:
+    if tree == Path() or gpus == [""]:
         return {}
     if len(gpus) < len(trees):
         raise PrepareError(f"{len(trees)} worktrees, {len(gpus)} visible GPU(s): `git worktree remove {trees[-1]}`")
@@ -1511,8 +1511,8 @@ def next_bar(rows):
 
 
 def record(night, runs):
-    """Write the rows of a wave that has ended: of the ideas below their bar the best is kept. Raises PrepareError for a
-    run that gives no row: the next call starts it anew, after it has written the rows of the others."""
+    """Write the rows of a wave that has ended: of the ideas below their bar the best is kept. Raises PrepareError if
+    runs give no row: the next calls write the rows of the others, then start these anew."""
     names = [row.harness for row in night.rows] + [run["end"].get("harness") for run in runs.values()]
     harness, bar, new = next(filter(None, names), None), next_bar(night.rows), []
     for tree, run in runs.items():
