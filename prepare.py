@@ -1141,7 +1141,7 @@ def run_night(check, wait, sbatch):
                 if not plan:
                     return check_text(night) if check else idea_text(night)
                 for tree in (Path(), *night.trees):
-                    write_json(tree / "run.json", {"row": plan.get(tree)})
+                    write_json(tree / "run.json", {"row": plan[tree]} if tree in plan else {})
                 runs = planned_runs(night)
             left = [tree for tree, run in runs.items() if not run["end"]]
             if not left:
@@ -1222,7 +1222,7 @@ def open_night():
     with cache_lock(Path(git("rev-parse", "--git-common-dir"))):  # one for all worktrees
         branch = git("branch", "--show-current")
         if not branch.startswith("autoresearch/"):
-            here = branch or "none, or an open rebase, which `git rebase --abort` ends"
+            here = branch or "none, or a rebase that waits for `git rebase --continue` (or `--abort`)"
             raise PrepareError(f"a night has a branch autoresearch/…, this is {here}: git switch to it")
         trees = [path.parent for path in Path(".waves").glob("[0-9]*/.git")] or [Path()]
         trees.sort(key=lambda tree: (len(tree.name), tree))  # 10 after 9
